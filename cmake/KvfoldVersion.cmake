@@ -1,0 +1,11 @@
+# Reads KVFOLD_VERSION_{MAJOR,MINOR,PATCH} out of version.hpp and sets <result> to "major.minor.patch".
+function(kvfold_read_version header result)
+  file(STRINGS "${header}" lines REGEX "^#define KVFOLD_VERSION_(MAJOR|MINOR|PATCH) [0-9]+$")
+  foreach(part IN ITEMS MAJOR MINOR PATCH)
+    if(NOT lines MATCHES "KVFOLD_VERSION_${part} ([0-9]+)")
+      message(FATAL_ERROR "kvfold: ${header} does not define KVFOLD_VERSION_${part}")
+    endif()
+    set(${part} "${CMAKE_MATCH_1}")
+  endforeach()
+  set(${result} "${MAJOR}.${MINOR}.${PATCH}" PARENT_SCOPE)
+endfunction()

@@ -1,0 +1,198 @@
+/// \file
+/// Attention over a compressed cache: heads of unequal length, log masses, fp32 softmax.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "kvfold/detail/arena.hpp"
+#include "kvfold/detail/linalg.hpp"
+#include "kvfold/detail/rows.hpp"
+#include "kvfold/evidence/query_rows.hpp"
+#include "kvfold/exec/executor.hpp"
+
+namespace kvfold {
+
+/// Where `attend` puts its results: query head q, row i is E floats at `data + q * head_stride + i * row_stride`.
+struct AttentionOutput {
+  float* data = nullptr;
+  Index head_stride = 0;
+  Index row_stride = 0;
+  std::span<float> log_sum_exp = {};  ///< [H * G][rows] of the logits, or empty: what one-pass evidence needs
+};
+
+namespace detail {
+
+/// Scratch of one worker of `attend`.
+struct AttendScratch {
+  std::span<float> queries;  // [kQueryTile][D]
+  std::span<float> keys;     // [kKeyTile][D]
+  std::span<float> values;   // [kKeyTile][E]
+  std::span<float> weights;  // [kQueryTile][kKeyTile]
+  std::span<float> out;      // [kQueryTile][E]
+  std::span<float> masses;   // [kKeyTile]
+
+  static AttendScratch take(Arena& arena, const LayerShape& shape) noexcept {
+    AttendScratch s;
+    s.queries = arena.take<float>(kQueryTile, shape.key_dim);
+    s.keys = arena.take<float>(kKeyTile, shape.key_dim);
+    s.values = arena.take<float>(kKeyTile, shape.value_dim);
+    s.weights = arena.take<float>(kQueryTile, kKeyTile);
+    s.out = arena.take<float>(kQueryTile, shape.value_dim);
+    s.masses = arena.take<float>(kKeyTile);
+    return s;
+  }
+};
+
+/// Attention of up to kQueryTile query rows of one KV head, tile by tile with a running maximum.
+template <KVCacheView V>
+class AttendBlock {
+ public:
+  AttendBlock(const V& view, Index h, const QueryRows& queries, const AttendScratch& scratch) noexcept
+      : view_(view), h_(h), queries_(queries), s_(scratch), shape_(view.shape()) {}
+
+  /// Rows [first, first + count) in the order (query, query head of the group).
+  void run(Index first, Index count, const AttentionOutput& to) noexcept {
+    load(first, count);
+    for (Index t = 0; t < most_visible_; t += kKeyTile) {
+      add_tile(t, std::min(kKeyTile, most_visible_ - t));
+    }
+    store(first, to);
+  }
+
+ private:
+  void load(Index first, Index count) noexcept {
+    count_ = count;
+    most_visible_ = 0;
+    for (Index r = 0; r < count; ++r) {
+      const Index i = (first + r) / shape_.group_size, g = (first + r) % shape_.group_size;
+      std::copy_n(queries_.row(h_ * shape_.group_size + g, i), shape_.key_dim, s_.queries.data() + r * shape_.key_dim);
+      visible_[r] = r > 0 && g > 0 ? visible_[r - 1] : visible_rows(view_, h_, queries_.positions[at(i)]);
+      most_visible_ = std::max(most_visible_, visible_[r]);
+      max_[r] = -std::numeric_limits<float>::infinity();
+      sum_[r] = 0.f;
+    }
+    scale(s_.queries.data(), count * shape_.key_dim, queries_.logit_scale());
+    std::fill_n(s_.out.begin(), count * shape_.value_dim, 0.f);
+  }
+
+  void add_tile(Index t, Index n) noexcept {
+    const float* keys = key_tile(view_, h_, t, n, s_.keys);
+    multiply_transposed(s_.queries.data(), shape_.key_dim, count_, keys, shape_.key_dim, n, shape_.key_dim,
+                        s_.weights.data(), kKeyTile);
+    const bool any_mass = load_masses(t, n);
+    for (Index r = 0; r < count_; ++r) {
+      float* w = s_.weights.data() + r * kKeyTile;
+      const Index seen = std::clamp<Index>(visible_[r] - t, 0, n);
+      if (any_mass) add(w, s_.masses.data(), seen);
+      std::fill(w + seen, w + n, 0.f);
+      if (seen == 0) continue;
+      const float new_max = std::max(max_[r], max_of(w, seen));
+      const float correction = std::exp(max_[r] - new_max);
+      sum_[r] = sum_[r] * correction + exp_shifted(w, seen, new_max);
+      if (correction != 1.f) scale(s_.out.data() + r * shape_.value_dim, shape_.value_dim, correction);
+      max_[r] = new_max;
+    }
+    const float* values = value_tile(view_, h_, t, n, s_.values);
+    add_product(s_.weights.data(), kKeyTile, count_, values, shape_.value_dim, n, shape_.value_dim, s_.out.data(),
+                shape_.value_dim);
+  }
+
+  bool load_masses(Index t, Index n) noexcept {
+    bool any = false;
+    if constexpr (HasLogMass<V>) {
+      for (Index j = 0; j < n; ++j) {
+        s_.masses[at(j)] = log_mass_of(view_, h_, t + j);
+        any = any || s_.masses[at(j)] != 0.f;
+      }
+    }
+    return any;
+  }
+
+  void store(Index first, const AttentionOutput& to) const noexcept {
+    for (Index r = 0; r < count_; ++r) {
+      const Index i = (first + r) / shape_.group_size, q = h_ * shape_.group_size + (first + r) % shape_.group_size;
+      float* row = to.data + q * to.head_stride + i * to.row_stride;
+      std::fill_n(row, shape_.value_dim, 0.f);
+      add_scaled(row, s_.out.data() + r * shape_.value_dim, shape_.value_dim, 1.f / sum_[r]);
+      if (!to.log_sum_exp.empty()) to.log_sum_exp[at(q * queries_.rows() + i)] = max_[r] + std::log(sum_[r]);
+    }
+  }
+
+  const V& view_;
+  Index h_;
+  const QueryRows& queries_;
+  const AttendScratch& s_;
+  LayerShape shape_;
+  Index count_ = 0, most_visible_ = 0;
+  Index visible_[kQueryTile] = {};
+  float max_[kQueryTile] = {};
+  float sum_[kQueryTile] = {};
+};
+
+/// Whether no two rows of an output overlap, whichever of its strides is the larger.
+[[nodiscard]] constexpr bool rows_lie_apart(const AttentionOutput& out, Index heads, Index rows, Index width) noexcept {
+  const auto holds = [width](Index outer, Index inner, Index count) {  // `count` inner rows fit between two outer ones
+    return outer >= width && (outer - width) / inner >= count - 1;
+  };
+  if ((heads > 1 && out.head_stride < width) || (rows > 1 && out.row_stride < width)) return false;
+  return heads == 1 || rows == 1 || holds(out.row_stride, out.head_stride, heads) ||
+         holds(out.head_stride, out.row_stride, rows);
+}
+
+}  // namespace detail
+
+/// Bytes of workspace that `attend` needs.
+[[nodiscard]] inline std::size_t attend_workspace_bytes(const LayerShape& shape, Index workers) noexcept {
+  detail::Arena arena;
+  static_cast<void>(arena.take<detail::AttendScratch>(workers));
+  for (Index w = 0; w < workers; ++w) static_cast<void>(detail::AttendScratch::take(arena, shape));
+  return arena.required_bytes();
+}
+
+/// out[q, i] = sum over visible j of softmax_j(scale * q_i . k_j + log_mass_j) * v_j, for one or several query rows.
+///
+/// A query sees the rows of its KV head whose position is at most its own: causal among new rows whose keys are in the cache
+/// already. This is what an engine without ragged heads needs to use a compressed cache; the tests hold plans against it.
+/// `out` must not overlap the queries. Keys and values are not searched for NaN, and one in a row that a query cannot see
+/// may still reach it when another query of the same call sees that row. Cost: 2 * rows * G * T * (D + E) FLOPs per head; memory O(tile) per worker.
+template <KVCacheView V, Executor X>
+Status attend(const V& view, const QueryRows& queries, const AttentionOutput& out, Workspace workspace, X& executor) noexcept {
+  if (Status bad = detail::check_view(view); !bad.ok()) return bad;
+  const LayerShape shape = view.shape();
+  if (Status bad = detail::check_queries(queries, shape); !bad.ok()) return bad;
+  if (out.data == nullptr) return {StatusCode::invalid_argument, "out", "data is null"};
+  if (!detail::rows_lie_apart(out, queries.query_heads, queries.rows(), shape.value_dim)) {
+    return {StatusCode::invalid_argument, "out", "strides let rows of value_dim floats overlap"};
+  }
+  if (!out.log_sum_exp.empty() &&
+      out.log_sum_exp.size() != static_cast<std::size_t>(queries.query_heads) * queries.positions.size()) {
+    return {StatusCode::size_mismatch, "out", "log_sum_exp must have query_heads * rows entries"};
+  }
+  for (Index h = 0; h < shape.kv_heads; ++h) {
+    if (queries.positions.front() < static_cast<Position>(view.position(h, 0))) {
+      return {StatusCode::invalid_argument, "queries", "the first one lies before every row of a head", h};
+    }
+  }
+  const auto workers = static_cast<Index>(executor.concurrency());
+  if (workers < 1) return {StatusCode::invalid_argument, "executor", "concurrency() must be at least 1"};
+  detail::Arena arena(workspace);
+  const std::span<detail::AttendScratch> scratch = arena.take<detail::AttendScratch>(workers);
+  for (Index w = 0; w < workers; ++w) {
+    const auto s = detail::AttendScratch::take(arena, shape);
+    if (!scratch.empty()) scratch[detail::at(w)] = s;
+  }
+  if (Status bad = detail::check(arena); !bad.ok()) return bad;
+
+  const Index rows = queries.rows() * shape.group_size;
+  const Index blocks = (rows + detail::kQueryTile - 1) / detail::kQueryTile;
+  auto task = [&](Index i, Index worker) noexcept {
+    const Index first = i % blocks * detail::kQueryTile;
+    detail::AttendBlock<V>(view, i / blocks, queries, scratch[detail::at(worker)])
+        .run(first, std::min(detail::kQueryTile, rows - first), out);
+  };
+  executor.run(shape.kv_heads * blocks, task);
+  return {};
+}
+
+}  // namespace kvfold

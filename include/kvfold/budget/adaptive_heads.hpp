@@ -1,0 +1,117 @@
+/// \file
+/// Budgets that follow the heads' needs (AdaKV, arXiv 2407.11550).
+#pragma once
+
+#include <cmath>
+
+#include "kvfold/budget/budget_policy.hpp"
+
+namespace kvfold {
+
+/// Each head keeps a floor of its best rows; the rest of H * B goes to the best normalised scores over all heads.
+///
+/// Scores are normalised to the sum over the head's unprotected rows: sinks, which every head keeps, would otherwise make
+/// heads that lean on them look less needy than they are. Given the tables of several layers, rows move between layers too. The budgets
+/// sum to min(H * B, sum of T_h) exactly. Cost O(sum of T_h).
+class AdaptiveHeadBudget {
+ public:
+  struct Options {
+    Index rows = 256;           ///< B, mean rows per head, at least 1
+    float floor_share = 0.75f;  ///< phi: each head keeps at least phi * B rows (and its protected ones, up to B), in [0, 1]
+
+    [[nodiscard]] Status validate() const noexcept {
+      if (rows < 1 || rows > kMaxRows) return {StatusCode::invalid_argument, "budget", "rows must be in [1, kMaxRows]"};
+      if (!(floor_share >= 0.f && floor_share <= 1.f)) {
+        return {StatusCode::invalid_argument, "floor_share", "must be in [0, 1]"};
+      }
+      return {};
+    }
+  };
+
+  AdaptiveHeadBudget() noexcept = default;
+  explicit AdaptiveHeadBudget(Options options) noexcept : options_(options) {}
+
+  [[nodiscard]] const Options& options() const noexcept { return options_; }
+  [[nodiscard]] Status validate() const noexcept { return options_.validate(); }
+  [[nodiscard]] RowLimits limits(Index heads) const noexcept { return {options_.rows * heads, options_.rows * heads}; }
+  [[nodiscard]] static std::size_t workspace_bytes(Index rows) noexcept {
+    detail::Arena arena;
+    static_cast<void>(arena.take<RowId>(rows));
+    static_cast<void>(arena.take<Claim>(rows));
+    return arena.required_bytes();
+  }
+
+  Status allocate(std::span<const ScoreTable> tables, std::span<Index> budgets, Workspace workspace) const noexcept {
+    if (Status bad = validate(); !bad.ok()) return bad;
+    if (Status bad = detail::check_budget_call(tables, budgets); !bad.ok()) return bad;
+    if (Status bad = detail::check_scores(tables); !bad.ok()) return bad;
+    Index rows = 0;
+    for (const ScoreTable& table : tables) rows += static_cast<Index>(table.score.size());
+    detail::Arena arena(workspace);
+    const std::span<RowId> ids = arena.take<RowId>(rows);
+    const std::span<Claim> claims = arena.take<Claim>(rows);
+    if (Status bad = detail::check(arena); !bad.ok()) return bad;
+
+    Index left = std::min(options_.rows * static_cast<Index>(budgets.size()), rows);
+    Index claim_count = 0, head = 0;
+    for (const ScoreTable& table : tables) {
+      for (Index h = 0; h < table.heads(); ++h, ++head) {
+        budgets[detail::at(head)] = floor_of(table, h);
+        left -= budgets[detail::at(head)];
+        claim_count = add_claims(table, h, head, budgets[detail::at(head)], ids, claims, claim_count);
+      }
+    }
+    const std::span<Claim> made = claims.first(detail::at(claim_count));
+    if (left > 0 && left < claim_count) {
+      std::nth_element(made.begin(), made.begin() + (left - 1), made.end(), [](const Claim& a, const Claim& b) {
+        if (a.share != b.share) return a.share > b.share;
+        return a.head != b.head ? a.head < b.head : a.row < b.row;
+      });
+    }
+    for (Index i = 0; i < std::min(left, claim_count); ++i) ++budgets[detail::at(made[detail::at(i)].head)];
+    return {};
+  }
+
+ private:
+  /// A row beyond its head's floor that competes with those of all heads.
+  struct Claim {
+    float share;   // score over that of the head's unprotected rows
+    RowId head;    // counted over all tables
+    RowId row;
+  };
+
+  [[nodiscard]] Index floor_of(const ScoreTable& table, Index h) const noexcept {
+    const auto marks = table.protections(h);
+    const auto is_protected = static_cast<Index>(
+        std::count_if(marks.begin(), marks.end(), [](Protection p) { return p != Protection::none; }));
+    const auto share = static_cast<Index>(std::ceil(options_.floor_share * static_cast<float>(options_.rows)));
+    const Index floor = std::max({share, std::min(is_protected, options_.rows), Index{1}});
+    return std::min({floor, options_.rows, table.rows(h)});
+  }
+
+  static Index add_claims(const ScoreTable& table, Index h, Index head, Index floor, std::span<RowId> ids,
+                          std::span<Claim> claims, Index count) noexcept {
+    const auto scores = table.scores(h);
+    const auto mine = ids.first(scores.size());
+    detail::fill_row_ids(mine);
+    detail::select_best(mine, floor, detail::Ranking(scores, table.protections(h)));
+    const auto marks = table.protections(h);
+    double sum = 0.0;
+    for (std::size_t i = 0; i < mine.size(); ++i) {
+      const auto t = detail::at(mine[i]);  // protected rows that the floor does not hold claim like any other
+      if (marks[t] == Protection::none || i >= detail::at(floor)) sum += static_cast<double>(scores[t]);
+    }
+    const double inverse = sum > 0.0 ? 1.0 / sum : 0.0;
+    for (const RowId t : mine.subspan(detail::at(floor))) {
+      claims[detail::at(count++)] = {static_cast<float>(static_cast<double>(scores[detail::at(t)]) * inverse),
+                                     static_cast<RowId>(head), t};
+    }
+    return count;
+  }
+
+  Options options_;
+};
+
+static_assert(BudgetPolicy<AdaptiveHeadBudget>);
+
+}  // namespace kvfold

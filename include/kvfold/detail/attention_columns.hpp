@@ -1,0 +1,212 @@
+/// \file
+/// Column sums of attention: how much each row is looked at by a set of queries. The hot loop of scoring.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "kvfold/detail/arena.hpp"
+#include "kvfold/detail/linalg.hpp"
+#include "kvfold/detail/rows.hpp"
+#include "kvfold/evidence/query_rows.hpp"
+
+namespace kvfold::detail {
+
+/// Rows first, first + step, ... of a QueryRows, `count` of them.
+struct QueryRange {
+  Index first = 0;
+  Index count = 0;
+  Index step = 1;
+};
+
+/// Scratch of one worker for `accumulate_columns`.
+struct ColumnScratch {
+  std::span<float> queries;    // [kQueryTile][D]
+  std::span<float> keys;       // [kKeyTile][D]
+  std::span<float> weights;    // [kQueryTile][T, or kKeyTile where log-sum-exps are given]
+  std::span<float> tile_max;   // [tiles][kQueryTile]
+  std::span<float> partial;    // [kKeyTile]
+  Index weight_stride = 0;
+
+  static ColumnScratch take(Arena& arena, Index dim, Index rows, bool one_pass) noexcept {
+    const Index tiles = (rows + kKeyTile - 1) / kKeyTile;
+    ColumnScratch s;
+    s.queries = arena.take<float>(kQueryTile, dim);
+    s.keys = arena.take<float>(kKeyTile, dim);
+    s.weight_stride = one_pass ? kKeyTile : rows;
+    s.weights = arena.take<float>(kQueryTile, s.weight_stride);
+    s.tile_max = arena.take<float>(tiles, kQueryTile);
+    s.partial = arena.take<float>(kKeyTile);
+    return s;
+  }
+};
+
+/// Adds the attention of some queries to column sums of KV head h.
+///
+/// For a query row, the softmax over its visible rows is accumulated tile by tile with the tile's own maximum, and
+/// corrected by one factor per tile when the row's log-sum-exp is known: one product and one exp per weight.
+///
+/// \param columns [C][T]: C = 1 accumulates the mean over the group, C = G keeps query heads apart.
+/// \returns not_finite when queries, keys or log masses hold NaN or infinity.
+/// Cost: 2 * count * G * T * D FLOPs and count * G * T exps.
+template <KVCacheView V>
+class ColumnAccumulator {
+ public:
+  ColumnAccumulator(const V& view, Index h, const QueryRows& queries, QueryRange range, float weight,
+                    ColumnScratch scratch, std::span<float> columns, Index column_count) noexcept
+      : view_(view), h_(h), queries_(queries), range_(range), weight_(weight), s_(scratch), columns_(columns),
+        column_count_(column_count), group_(view.shape().group_size), dim_(view.shape().key_dim),
+        rows_(static_cast<Index>(view.size(h))) {}
+
+  Status run() noexcept {
+    const Index total = range_.count * group_;
+    for (Index first = 0; first < total; first += kQueryTile) {
+      if (Status bad = load_block(first, std::min(kQueryTile, total - first)); !bad.ok()) return bad;
+      if (Status bad = queries_.log_sum_exp.empty() ? two_step() : one_step(); !bad.ok()) return bad;
+    }
+    return {};
+  }
+
+ private:
+  // Row r of a block is query range.first + (r / G) * step of query head h * G + r % G: neighbours see alike.
+  Status load_block(Index first, Index count) noexcept {
+    count_ = count;
+    first_ = first;
+    most_visible_ = 0;
+    for (Index r = 0; r < count; ++r) {
+      const Index i = query_of(r);
+      const float* from = queries_.row(h_ * group_ + group_of(r), i);
+      std::copy_n(from, dim_, s_.queries.data() + r * dim_);
+      if (r == 0 || i != query_of(r - 1)) {
+        visible_[at(r)] = visible_rows(view_, h_, queries_.positions[at(i)]);
+      } else {
+        visible_[at(r)] = visible_[at(r - 1)];
+      }
+      most_visible_ = std::max(most_visible_, visible_[at(r)]);
+    }
+    if (!all_finite(s_.queries.data(), count * dim_)) {
+      return {StatusCode::not_finite, "queries", "has a NaN or an infinity", h_, query_of(0)};
+    }
+    scale(s_.queries.data(), count * dim_, queries_.logit_scale());
+    return {};
+  }
+
+  [[nodiscard]] Index query_of(Index r) const noexcept { return range_.first + (first_ + r) / group_ * range_.step; }
+  [[nodiscard]] Index group_of(Index r) const noexcept { return (first_ + r) % group_; }
+  [[nodiscard]] float row_weight() const noexcept {
+    return column_count_ == 1 ? weight_ / static_cast<float>(group_) : weight_;
+  }
+
+  /// Logits of the block for rows [t, t + n) into `out`, whose rows are `stride` floats apart.
+  Status logits(Index t, Index n, float* out, Index stride) noexcept {
+    const float* keys = key_tile(view_, h_, t, n, s_.keys);
+    multiply_transposed(s_.queries.data(), dim_, count_, keys, dim_, n, dim_, out, stride);
+    if constexpr (HasLogMass<V>) add_log_masses(t, n, out, stride);
+    // A key that is not finite makes every logit in its column so: one row shows it.
+    if (!all_finite(out, n)) return {StatusCode::not_finite, "keys", "has a NaN or an infinity", h_, t};
+    return {};
+  }
+
+  void add_log_masses(Index t, Index n, float* out, Index stride) noexcept {
+    bool any = false;
+    for (Index j = 0; j < n; ++j) {
+      s_.partial[at(j)] = log_mass_of(view_, h_, t + j);
+      any = any || s_.partial[at(j)] != 0.f;
+    }
+    for (Index r = 0; any && r < count_; ++r) add(out + r * stride, s_.partial.data(), n);
+  }
+
+  [[nodiscard]] Index visible_in(Index r, Index t, Index n) const noexcept {
+    return std::clamp<Index>(visible_[at(r)] - t, 0, n);
+  }
+
+  Status two_step() noexcept {
+    std::fill_n(row_max_, count_, -std::numeric_limits<float>::infinity());
+    std::fill_n(row_sum_, count_, 0.f);
+    for (Index t = 0; t < most_visible_; t += kKeyTile) {
+      const Index n = std::min(kKeyTile, rows_ - t);
+      if (Status bad = logits(t, n, s_.weights.data() + t, s_.weight_stride); !bad.ok()) return bad;
+      for (Index r = 0; r < count_; ++r) {
+        const Index seen = visible_in(r, t, n);
+        if (seen == 0) continue;
+        float* w = s_.weights.data() + r * s_.weight_stride + t;
+        const float tile_max = max_of(w, seen);
+        if (!std::isfinite(tile_max)) return {StatusCode::not_finite, "keys", "a logit overflows", h_, t};
+        const float sum = exp_shifted(w, seen, tile_max);
+        if (!std::isfinite(sum)) return {StatusCode::not_finite, "keys", "a logit overflows", h_, t};
+        const float new_max = std::max(row_max_[r], tile_max);
+        row_sum_[r] = row_sum_[r] * std::exp(row_max_[r] - new_max) + sum * std::exp(tile_max - new_max);
+        row_max_[r] = new_max;
+        s_.tile_max[at(t / kKeyTile * kQueryTile + r)] = tile_max;
+      }
+    }
+    for (Index t = 0; t < most_visible_; t += kKeyTile) {
+      const float* tile_max = s_.tile_max.data() + t / kKeyTile * kQueryTile;
+      const Index n = std::min(kKeyTile, rows_ - t);
+      add_tile(t, n, s_.weights.data() + t, [&](Index r) {
+        return row_weight() * std::exp(tile_max[r] - row_max_[r]) / row_sum_[r];
+      });
+    }
+    return {};
+  }
+
+  Status one_step() noexcept {
+    std::fill_n(row_sum_, count_, 0.f);
+    for (Index t = 0; t < most_visible_; t += kKeyTile) {
+      const Index n = std::min(kKeyTile, rows_ - t);
+      if (Status bad = logits(t, n, s_.weights.data(), s_.weight_stride); !bad.ok()) return bad;
+      for (Index r = 0; r < count_; ++r) {
+        const Index seen = visible_in(r, t, n);
+        if (seen == 0) continue;
+        const auto q = static_cast<std::size_t>(h_ * group_ + group_of(r));
+        const float lse = queries_.log_sum_exp[q * queries_.positions.size() + at(query_of(r))];
+        row_sum_[r] += exp_shifted(s_.weights.data() + r * s_.weight_stride, seen, lse);
+      }
+      add_tile(t, n, s_.weights.data(), [&](Index) { return row_weight(); });
+    }
+    // A softmax sums to 1: anything else means that the log-sum-exp is of other queries or keys.
+    for (Index r = 0; r < count_; ++r) {
+      if (visible_[at(r)] > 0 && !(std::abs(row_sum_[r] - 1.f) <= 0.01f)) {
+        return {StatusCode::invalid_argument, "queries", "log_sum_exp does not fit these queries and keys", h_, query_of(r)};
+      }
+    }
+    return {};
+  }
+
+  /// columns[t, t + n) += factor(r) * weights of row r. Summed over the block first: small numbers meet small ones.
+  template <class Factor>
+  void add_tile(Index t, Index n, const float* weights, Factor factor) noexcept {
+    for (Index c = 0; c < column_count_; ++c) {
+      std::fill_n(s_.partial.data(), n, 0.f);
+      for (Index r = 0; r < count_; ++r) {
+        const Index seen = visible_in(r, t, n);
+        if (seen == 0 || (column_count_ > 1 && group_of(r) != c)) continue;
+        add_scaled(s_.partial.data(), weights + r * s_.weight_stride, seen, factor(r));
+      }
+      add(columns_.data() + c * rows_ + t, s_.partial.data(), n);
+    }
+  }
+
+  const V& view_;
+  Index h_;
+  const QueryRows& queries_;
+  QueryRange range_;
+  float weight_;
+  ColumnScratch s_;
+  std::span<float> columns_;
+  Index column_count_, group_, dim_, rows_;
+  Index first_ = 0, count_ = 0, most_visible_ = 0;
+  Index visible_[kQueryTile] = {};
+  float row_max_[kQueryTile] = {};
+  float row_sum_[kQueryTile] = {};
+};
+
+/// The earliest head's complaint, so that the status is the same for every executor.
+[[nodiscard]] inline Status first_error(std::span<const Status> statuses) noexcept {
+  for (const Status& s : statuses) {
+    if (!s.ok()) return s;
+  }
+  return {};
+}
+
+}  // namespace kvfold::detail

@@ -1,0 +1,249 @@
+/// \file
+/// From any kind of evidence to column sums.
+#pragma once
+
+#include <algorithm>
+
+#include "kvfold/detail/attention_columns.hpp"
+#include "kvfold/evidence/column_sums.hpp"
+#include "kvfold/exec/executor.hpp"
+
+namespace kvfold::detail {
+
+/// What a scorer wants to know.
+struct ColumnRequest {
+  Index window = 32;        ///< W: rows of the local term
+  Index query_stride = 1;   ///< s: the global term takes every s-th query before the window, s times
+  bool per_query_head = false;
+  bool global = true;
+  bool local = true;
+};
+
+[[nodiscard]] constexpr Index column_count(ColumnDetail detail, Index group) noexcept {
+  return detail == ColumnDetail::query_head ? group : 1;
+}
+
+/// Queries [first, last) of a sequence of which number `seen_before` came first: every s-th of them.
+[[nodiscard]] constexpr QueryRange sampled(Index first, Index last, Index seen_before, Index step) noexcept {
+  const Index phase = step / 2;
+  const Index ahead = ((phase - (seen_before + first)) % step + step) % step;
+  const Index start = first + ahead;
+  return {start, start < last ? (last - start + step - 1) / step : 0, step};
+}
+
+/// Adds the weight of each query of a range to the last row it sees. Suffix sums of this are `ColumnSums::seen`.
+template <KVCacheView V>
+void mark_last_seen(const V& view, Index h, const QueryRows& queries, QueryRange range, float weight,
+                    std::span<float> marks) noexcept {
+  for (Index k = 0; k < range.count; ++k) {
+    const Index visible = visible_rows(view, h, queries.positions[at(range.first + k * range.step)]);
+    if (visible > 0) marks[at(visible - 1)] += weight;
+  }
+}
+
+inline void suffix_sum(std::span<float> x) noexcept {
+  for (std::size_t i = x.size(); i > 1; --i) x[i - 2] += x[i - 1];
+}
+
+template <KVCacheView V>
+[[nodiscard]] std::span<Index> take_offsets(const V& view, Arena& arena) noexcept {
+  const Index heads = view.shape().kv_heads;
+  const std::span<Index> offset = arena.take<Index>(heads + 1);
+  if (offset.empty()) return offset;
+  offset[0] = 0;
+  for (Index h = 0; h < heads; ++h) offset[at(h + 1)] = offset[at(h)] + static_cast<Index>(view.size(h));
+  return offset;
+}
+
+/// Memory for column sums of a view, and what fills it. One overload of `collect` and `measure` per kind of evidence.
+struct ColumnStorage {
+  std::span<Index> offset;
+  std::span<float> global, local, seen;
+  std::span<Status> status;
+
+  template <KVCacheView V>
+  static ColumnStorage take(const V& view, Index columns, Arena& arena) noexcept {
+    const Index total = total_rows(view);
+    ColumnStorage s;
+    s.offset = take_offsets(view, arena);
+    s.global = arena.take<float>(columns, total);
+    s.local = arena.take<float>(columns, total);
+    s.seen = arena.take<float>(total);
+    s.status = arena.take<Status>(view.shape().kv_heads);
+    return s;
+  }
+
+  void clear() const noexcept {
+    std::fill(global.begin(), global.end(), 0.f);
+    std::fill(local.begin(), local.end(), 0.f);
+    std::fill(seen.begin(), seen.end(), 0.f);
+    std::fill(status.begin(), status.end(), Status{});
+  }
+
+  [[nodiscard]] std::span<float> block(std::span<float> all, Index columns, Index h) const noexcept {
+    return all.subspan(at(columns * offset[at(h)]), at(columns * (offset[at(h + 1)] - offset[at(h)])));
+  }
+
+  [[nodiscard]] ColumnSums result(ColumnDetail detail, Index window) const noexcept {
+    return {.detail = detail, .offset = offset, .global = global, .local = local, .seen = seen, .window = window};
+  }
+};
+
+template <KVCacheView V>
+[[nodiscard]] Result<ColumnSums> collect(const V& view, const QueryRows& queries, const ColumnRequest& want, Arena& arena,
+                                         Executor auto& executor) noexcept {
+  const LayerShape shape = view.shape();
+  if (Status bad = check_queries(queries, shape); !bad.ok()) return bad;
+  const ColumnDetail detail = want.per_query_head ? ColumnDetail::query_head : ColumnDetail::kv_head;
+  const Index columns = column_count(detail, shape.group_size);
+  const ColumnStorage store = ColumnStorage::take(view, columns, arena);
+  const std::size_t mark = arena.mark();
+  const auto workers = static_cast<Index>(executor.concurrency());
+  const std::span<ColumnScratch> scratch = arena.take<ColumnScratch>(workers);
+  for (Index w = 0; w < workers; ++w) {
+    const auto s = ColumnScratch::take(arena, shape.key_dim, max_rows(view), !queries.log_sum_exp.empty());
+    if (!scratch.empty()) scratch[at(w)] = s;
+  }
+  if (Status bad = check(arena); !bad.ok()) return bad;
+  store.clear();
+
+  const Index window = std::min(want.window, queries.rows());
+  const Index before = queries.rows() - window;
+  const QueryRange local{before, window, 1};
+  const QueryRange global = want.global ? sampled(0, before, 0, want.query_stride) : QueryRange{};
+  const auto stride_weight = static_cast<float>(want.query_stride);
+  auto task = [&](Index h, Index worker) noexcept {
+    const std::span<float> loc = store.block(store.local, columns, h);
+    const std::span<float> glo = store.block(store.global, columns, h);
+    const std::span<float> seen = store.block(store.seen, 1, h);
+    Status& status = store.status[at(h)];
+    status = ColumnAccumulator(view, h, queries, local, 1.f, scratch[at(worker)], loc, columns).run();
+    if (status.ok() && global.count > 0) {
+      status = ColumnAccumulator(view, h, queries, global, stride_weight, scratch[at(worker)], glo, columns).run();
+    }
+    for (std::size_t j = 0; j < glo.size(); ++j) glo[j] += loc[j];
+    mark_last_seen(view, h, queries, local, 1.f, seen);
+    mark_last_seen(view, h, queries, global, stride_weight, seen);
+    suffix_sum(seen);
+  };
+  executor.run(shape.kv_heads, task);
+  arena.rewind(mark);
+  if (Status bad = first_error(store.status); !bad.ok()) return bad;
+  return store.result(detail, want.window);
+}
+
+template <KVCacheView V>
+void measure(const V& view, const QueryRows& queries, const ColumnRequest& want, Arena& arena, Index workers) noexcept {
+  const LayerShape shape = view.shape();
+  static_cast<void>(ColumnStorage::take(view, want.per_query_head ? shape.group_size : 1, arena));
+  const std::size_t mark = arena.mark();
+  static_cast<void>(arena.take<ColumnScratch>(workers));
+  for (Index w = 0; w < workers; ++w) {
+    static_cast<void>(ColumnScratch::take(arena, shape.key_dim, max_rows(view), !queries.log_sum_exp.empty()));
+  }
+  arena.rewind(mark);
+}
+
+template <KVCacheView V>
+[[nodiscard]] Result<ColumnSums> collect(const V& view, const AttentionWeights& weights, const ColumnRequest& want,
+                                         Arena& arena, Executor auto& executor) noexcept {
+  const LayerShape shape = view.shape();
+  if (weights.data == nullptr) return Status{StatusCode::invalid_argument, "weights", "data is null"};
+  if (weights.query_heads != shape.query_heads()) {
+    return Status{StatusCode::size_mismatch, "weights", "query_heads is not kv_heads * group_size of the view"};
+  }
+  if (weights.rows < 1) return Status{StatusCode::invalid_argument, "weights", "there are no rows"};
+  if (weights.row_stride < max_rows(view) || weights.head_stride < 0) {
+    return Status{StatusCode::size_mismatch, "weights", "row_stride is less than the rows of the largest head"};
+  }
+  const ColumnDetail detail = want.per_query_head ? ColumnDetail::query_head : ColumnDetail::kv_head;
+  const Index columns = column_count(detail, shape.group_size);
+  const ColumnStorage store = ColumnStorage::take(view, columns, arena);
+  if (Status bad = check(arena); !bad.ok()) return bad;
+  store.clear();
+
+  const Index before = weights.rows - std::min(want.window, weights.rows);
+  auto task = [&](Index h, Index) noexcept {
+    const auto rows = static_cast<Index>(view.size(h));
+    const float share = columns == 1 ? 1.f / static_cast<float>(shape.group_size) : 1.f;
+    for (Index g = 0; g < shape.group_size; ++g) {
+      const Index c = columns == 1 ? 0 : g;
+      float* glo = store.block(store.global, columns, h).data() + c * rows;
+      float* loc = store.block(store.local, columns, h).data() + c * rows;
+      for (Index i = 0; i < weights.rows; ++i) {
+        const bool in_window = i >= before;
+        if (!in_window && (!want.global || i % want.query_stride != want.query_stride / 2)) continue;
+        const float* row = weights.data + (h * shape.group_size + g) * weights.head_stride + i * weights.row_stride;
+        if (!all_finite(row, rows)) {
+          store.status[at(h)] = {StatusCode::not_finite, "weights", "has a NaN or an infinity", h, i};
+          return;
+        }
+        if (min_of(row, rows) < 0.f) {
+          store.status[at(h)] = {StatusCode::invalid_argument, "weights", "has a weight below 0", h, i};
+          return;
+        }
+        add_scaled(glo, row, rows, in_window ? share : share * static_cast<float>(want.query_stride));
+        if (in_window) add_scaled(loc, row, rows, share);
+      }
+    }
+  };
+  executor.run(shape.kv_heads, task);
+  if (Status bad = first_error(store.status); !bad.ok()) return bad;
+  ColumnSums sums = store.result(detail, want.window);
+  sums.seen = {};  // softmax rows do not say what was masked
+  return sums;
+}
+
+template <KVCacheView V>
+void measure(const V& view, const AttentionWeights&, const ColumnRequest& want, Arena& arena, Index) noexcept {
+  static_cast<void>(ColumnStorage::take(view, want.per_query_head ? view.shape().group_size : 1, arena));
+}
+
+template <KVCacheView V>
+[[nodiscard]] Result<ColumnSums> collect(const V& view, const ColumnSums& sums, const ColumnRequest& want, Arena&,
+                                         Executor auto&) noexcept {
+  const LayerShape shape = view.shape();
+  if (sums.detail == ColumnDetail::layer) {
+    return Status{StatusCode::unsupported, "evidence", "columns are reduced over the heads, the policy works per head"};
+  }
+  if (want.per_query_head && shape.group_size > 1 && sums.detail != ColumnDetail::query_head) {
+    return Status{StatusCode::unsupported, "evidence", "columns are averaged over the group, the policy needs query heads"};
+  }
+  const auto columns = static_cast<std::size_t>(column_count(sums.detail, shape.group_size));
+  const auto total = static_cast<std::size_t>(total_rows(view));
+  if (sums.offset.size() != at(shape.kv_heads) + 1 || sums.global.size() != columns * total ||
+      (!sums.local.empty() && sums.local.size() != columns * total) || (!sums.seen.empty() && sums.seen.size() != total)) {
+    return Status{StatusCode::size_mismatch, "evidence", "column sums are not of this view's heads and rows"};
+  }
+  for (Index h = 0, first = 0; h <= shape.kv_heads; ++h) {
+    if (sums.offset[at(h)] != first) {
+      return Status{StatusCode::size_mismatch, "evidence", "offset does not agree with the view's rows", h};
+    }
+    if (h < shape.kv_heads) first += static_cast<Index>(view.size(h));
+  }
+  if (want.local && (sums.local.empty() || sums.window != want.window)) {
+    return Status{StatusCode::unsupported, "evidence", "has no local sums over the window that the policy asks for"};
+  }
+  for (const std::span<const float> all : {sums.global, sums.local, sums.seen}) {
+    if (!all_finite(all.data(), static_cast<Index>(all.size()))) {
+      return Status{StatusCode::not_finite, "evidence", "column sums have a NaN or an infinity"};
+    }
+    if (!all.empty() && min_of(all.data(), static_cast<Index>(all.size())) < 0.f) {
+      return Status{StatusCode::invalid_argument, "evidence", "column sums have a value below 0"};
+    }
+  }
+  return sums;
+}
+
+template <KVCacheView V>
+void measure(const V&, const ColumnSums&, const ColumnRequest&, Arena&, Index) noexcept {}
+
+/// Evidence that column policies understand.
+template <class Evidence, class V>
+concept ColumnEvidence = requires(const V& view, const Evidence& evidence, const ColumnRequest& want, Arena& arena,
+                                  SerialExecutor& executor) {
+  { collect(view, evidence, want, arena, executor) } noexcept -> std::same_as<Result<ColumnSums>>;
+  { measure(view, evidence, want, arena, Index{1}) } noexcept;
+};
+
+}  // namespace kvfold::detail

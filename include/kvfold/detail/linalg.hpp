@@ -1,0 +1,99 @@
+/// \file
+/// Dense kernels on plain pointers: the only place, with view/eigen_map.hpp, that knows Eigen.
+#pragma once
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kvfold/types.hpp"
+
+namespace kvfold::detail {
+
+using RowMatrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+using ConstRows = Eigen::Map<const RowMatrix, Eigen::Unaligned, Eigen::OuterStride<>>;
+using Rows = Eigen::Map<RowMatrix, Eigen::Unaligned, Eigen::OuterStride<>>;
+using ConstFloats = Eigen::Map<const Eigen::ArrayXf>;
+using Floats = Eigen::Map<Eigen::ArrayXf>;
+
+/// Rows of a tile along the token axis, and along the axis of queries or candidates. With these, Eigen's packed
+/// operands stay below its limit for stack memory, so products do not allocate.
+inline constexpr Index kKeyTile = 128;
+inline constexpr Index kQueryTile = 64;
+inline constexpr Index kDepthTile = 256;
+
+/// c = a * b^T for a [m][k], b [n][k], c [m][n], all row-major with the given row
+/// strides; m <= kQueryTile or n <= kQueryTile, both <= kKeyTile.
+inline void multiply_transposed(const float* a, Index a_stride, Index m, const float* b, Index b_stride, Index n, Index k,
+                                float* c, Index c_stride) noexcept {
+  Rows out(c, m, n, Eigen::OuterStride<>(c_stride));
+  for (Index first = 0; first < k; first += kDepthTile) {
+    const Index depth = std::min(kDepthTile, k - first);
+    const ConstRows left(a + first, m, depth, Eigen::OuterStride<>(a_stride));
+    const ConstRows right(b + first, n, depth, Eigen::OuterStride<>(b_stride));
+    if (first == 0) {
+      out.noalias() = left * right.transpose();
+    } else {
+      out.noalias() += left * right.transpose();
+    }
+  }
+}
+
+/// c += a * b, for a [m][k], b [k][n], c [m][n], row-major with the given row strides; k <= kKeyTile, m <= kQueryTile.
+inline void add_product(const float* a, Index a_stride, Index m, const float* b, Index b_stride, Index k, Index n, float* c,
+                        Index c_stride) noexcept {
+  const ConstRows left(a, m, k, Eigen::OuterStride<>(a_stride));
+  for (Index first = 0; first < n; first += kDepthTile) {
+    const Index width = std::min(kDepthTile, n - first);
+    const ConstRows right(b + first, k, width, Eigen::OuterStride<>(b_stride));
+    Rows out(c + first, m, width, Eigen::OuterStride<>(c_stride));
+    out.noalias() += left * right;
+  }
+}
+
+[[nodiscard]] inline bool all_finite(const float* x, Index n) noexcept { return ConstFloats(x, n).allFinite(); }
+[[nodiscard]] inline float max_of(const float* x, Index n) noexcept { return ConstFloats(x, n).maxCoeff(); }
+[[nodiscard]] inline float min_of(const float* x, Index n) noexcept { return ConstFloats(x, n).minCoeff(); }
+[[nodiscard]] inline float sum_of(const float* x, Index n) noexcept { return ConstFloats(x, n).sum(); }
+
+/// x = exp(x - shift); \returns the sum.
+inline float exp_shifted(float* x, Index n, float shift) noexcept {
+  Floats v(x, n);
+  v = (v - shift).exp();
+  return v.sum();
+}
+
+inline void scale(float* x, Index n, float factor) noexcept { Floats(x, n) *= factor; }
+inline void add(float* to, const float* x, Index n) noexcept { Floats(to, n) += ConstFloats(x, n); }
+inline void add_scaled(float* to, const float* x, Index n, float factor) noexcept {
+  Floats(to, n) += factor * ConstFloats(x, n);
+}
+
+/// x = max(x, 0) * max(y, 0).
+inline void multiply_clamped(float* x, const float* y, Index n) noexcept {
+  Floats v(x, n);
+  v = v.max(0.f) * ConstFloats(y, n).max(0.f);
+}
+
+/// 1 / ||row|| for each of n rows, 0 for a zero row, NaN for a row with a NaN or an infinity in it. Tiny and huge rows are
+/// summed in fp64; the result is at most 3.4e38, so a row with a norm below 3e-39 stays shorter than 1.
+inline void inverse_norms(const float* rows, Index n, Index width, float* out) noexcept {
+  for (Index i = 0; i < n; ++i) {
+    const ConstFloats row(rows + i * width, width);
+    const float squared = row.square().sum();
+    if (squared > 1e-30f && squared < 1e30f) {
+      out[i] = 1.f / std::sqrt(squared);
+      continue;
+    }
+    if (!row.allFinite()) {
+      out[i] = std::numeric_limits<float>::quiet_NaN();
+      continue;
+    }
+    double exact = 0.0;
+    for (Index d = 0; d < width; ++d) exact += static_cast<double>(row[d]) * static_cast<double>(row[d]);
+    out[i] = exact > 0.0 ? static_cast<float>(std::min(1.0 / std::sqrt(exact), 3.4e38)) : 0.f;
+  }
+}
+
+}  // namespace kvfold::detail

@@ -1,0 +1,122 @@
+/// \file
+/// Reading tiles of a view, and checks that every stage makes of it.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "kvfold/status.hpp"
+#include "kvfold/view/concepts.hpp"
+
+namespace kvfold::detail {
+
+[[nodiscard]] constexpr std::size_t at(Index i) noexcept { return static_cast<std::size_t>(i); }
+
+/// Rows [t, t + n) of head h as n * D consecutive floats: in place where the view can, else converted into `scratch`.
+template <KVCacheView V>
+[[nodiscard]] const float* key_tile(const V& view, Index h, Index t, Index n, std::span<float> scratch) noexcept {
+  if constexpr (HasContiguousRows<V>) {
+    if (const float* rows = view.key_rows(h, t, n)) return rows;
+  }
+  view.read_keys(h, t, n, scratch);
+  return scratch.data();
+}
+
+/// The same for values: n * E floats.
+template <KVCacheView V>
+[[nodiscard]] const float* value_tile(const V& view, Index h, Index t, Index n, std::span<float> scratch) noexcept {
+  if constexpr (HasContiguousRows<V>) {
+    if (const float* rows = view.value_rows(h, t, n)) return rows;
+  }
+  view.read_values(h, t, n, scratch);
+  return scratch.data();
+}
+
+/// Calls f(first place in ids, first row, count) for each run of consecutive rows.
+template <class F>
+void for_runs(std::span<const RowId> ids, F f) noexcept {
+  for (std::size_t i = 0; i < ids.size();) {
+    std::size_t end = i + 1;
+    while (end < ids.size() && ids[end] == ids[end - 1] + 1) ++end;
+    f(static_cast<Index>(i), static_cast<Index>(ids[i]), static_cast<Index>(end - i));
+    i = end;
+  }
+}
+
+/// The keys of some rows, one after the other.
+template <KVCacheView V>
+void gather_keys(const V& view, Index h, std::span<const RowId> ids, std::span<float> out) noexcept {
+  const Index width = view.shape().key_dim;
+  for_runs(ids, [&](Index place, Index row, Index count) {
+    view.read_keys(h, row, count, out.subspan(at(place * width), at(count * width)));
+  });
+}
+
+template <KVCacheView V>
+void gather_values(const V& view, Index h, std::span<const RowId> ids, std::span<float> out) noexcept {
+  const Index width = view.shape().value_dim;
+  for_runs(ids, [&](Index place, Index row, Index count) {
+    view.read_values(h, row, count, out.subspan(at(place * width), at(count * width)));
+  });
+}
+
+/// How many rows of head h a query at `position` may see. O(log T).
+template <KVCacheView V>
+[[nodiscard]] Index visible_rows(const V& view, Index h, Position position) noexcept {
+  Index low = 0, high = static_cast<Index>(view.size(h));
+  while (low < high) {
+    const Index middle = low + (high - low) / 2;
+    if (static_cast<Position>(view.position(h, middle)) <= position) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+/// Sizes in range, every head with rows, positions in order. O(H * T).
+template <KVCacheView V>
+[[nodiscard]] Status check_view(const V& view) noexcept {
+  const LayerShape shape = view.shape();
+  if (shape.kv_heads < 1 || shape.group_size < 1 || shape.kv_heads > kMaxHeads || shape.group_size > kMaxHeads ||
+      shape.query_heads() > kMaxHeads) {
+    return {StatusCode::invalid_argument, "view", "shape().kv_heads, group_size and their product must be in [1, kMaxHeads]"};
+  }
+  if (shape.key_dim < 1 || shape.value_dim < 1 || shape.key_dim > kMaxWidth || shape.value_dim > kMaxWidth) {
+    return {StatusCode::invalid_argument, "view", "shape().key_dim and value_dim must be in [1, kMaxWidth]"};
+  }
+  for (Index h = 0; h < shape.kv_heads; ++h) {
+    const auto rows = static_cast<Index>(view.size(h));
+    if (rows < 1 || rows > kMaxRows) return {StatusCode::invalid_argument, "view", "size(h) must be in [1, kMaxRows]", h};
+    if (row_counts_of(view) == RowCounts::per_layer && rows != static_cast<Index>(view.size(0))) {
+      return {StatusCode::size_mismatch, "view", "heads of unequal size in storage that has one count per layer", h};
+    }
+    Position previous = static_cast<Position>(view.position(h, 0));
+    for (Index t = 1; t < rows; ++t) {
+      const auto next = static_cast<Position>(view.position(h, t));
+      if (next < previous) return {StatusCode::invalid_argument, "view", "positions must be in ascending order", h, t};
+      previous = next;
+    }
+    for (Index t = 0; t < rows; ++t) {
+      if (!std::isfinite(log_mass_of(view, h, t))) return {StatusCode::not_finite, "log_mass", "has a NaN or an infinity", h, t};
+    }
+  }
+  return {};
+}
+
+template <KVCacheView V>
+[[nodiscard]] Index max_rows(const V& view) noexcept {
+  Index most = 0;
+  for (Index h = 0; h < view.shape().kv_heads; ++h) most = std::max(most, static_cast<Index>(view.size(h)));
+  return most;
+}
+
+template <KVCacheView V>
+[[nodiscard]] Index total_rows(const V& view) noexcept {
+  Index sum = 0;
+  for (Index h = 0; h < view.shape().kv_heads; ++h) sum += static_cast<Index>(view.size(h));
+  return sum;
+}
+
+}  // namespace kvfold::detail

@@ -1,0 +1,311 @@
+/// \file
+/// Streams attention evidence through chunked prefill and decoding, in memory O(H * T).
+#pragma once
+
+#include <memory>
+#include <new>
+
+#include "kvfold/detail/collect_columns.hpp"
+
+namespace kvfold {
+
+/// Collects the global and local sums of EMS while a prompt is read, chunk by chunk.
+///
+/// After the rows of a chunk are in the cache, `observe` takes the chunk's queries. The last W queries are kept as they
+/// are; older ones have been added to the global sums and are forgotten. `summarize` gives the sums over everything
+/// observed so far, and observing may go on. For any chunking, the result equals one-shot scoring to rounding.
+///
+/// Memory: H * C * T + H * T floats of state and three times that for results, and W * H * G * D floats of queries.
+class GlobalLocalAccumulator {
+ public:
+  struct Options {
+    Index window = 32;                                 ///< W: queries of the local term, at least 1
+    Index query_stride = 1;                            ///< s: 1 = exact; else every s-th query stands for s of them, at least 1
+    GroupReduction group = GroupReduction::max;        ///< mean keeps one column set per KV head, max one per query head
+
+    [[nodiscard]] Status validate() const noexcept {
+      if (window < 1 || window > kMaxRows) return {StatusCode::invalid_argument, "window", "must be in [1, kMaxRows]"};
+      if (query_stride < 1 || query_stride > kMaxRows) {
+        return {StatusCode::invalid_argument, "query_stride", "must be in [1, kMaxRows]"};
+      }
+      return {};
+    }
+  };
+
+  /// \param max_rows the most rows that a head will ever have; allocated now, so that observing allocates nothing.
+  [[nodiscard]] static Result<GlobalLocalAccumulator> create(LayerShape shape, Index max_rows, Options options) noexcept {
+    if (Status bad = options.validate(); !bad.ok()) return bad;
+    if (shape.kv_heads < 1 || shape.group_size < 1 || shape.key_dim < 1 || shape.kv_heads > kMaxHeads ||
+        shape.group_size > kMaxHeads || shape.query_heads() > kMaxHeads || shape.key_dim > kMaxWidth) {
+      return Status{StatusCode::invalid_argument, "shape", "a size is out of range"};
+    }
+    if (max_rows < 1 || max_rows > kMaxRows) {
+      return Status{StatusCode::invalid_argument, "max_rows", "must be in [1, kMaxRows]"};
+    }
+    GlobalLocalAccumulator made(shape, max_rows, options);
+    detail::Arena measuring;
+    static_cast<void>(made.layout(measuring));
+    if (Status bad = made.memory_.reserve(measuring.required_bytes()); !bad.ok()) return bad;
+    detail::Arena arena(made.memory_.get());
+    made.state_ = made.layout(arena);
+    made.reset();
+    return made;
+  }
+
+  /// Forgets everything, for the next sequence.
+  void reset() noexcept {
+    std::fill(state_.global.begin(), state_.global.end(), 0.f);
+    std::fill(state_.marks.begin(), state_.marks.end(), 0.f);
+    std::fill(state_.rows.begin(), state_.rows.end(), Index{0});
+    observed_ = 0;
+  }
+
+  [[nodiscard]] Index observed_queries() const noexcept { return observed_; }
+  [[nodiscard]] const Options& options() const noexcept { return options_; }
+  /// Bytes of state that the accumulator owns.
+  [[nodiscard]] std::size_t memory_bytes() const noexcept { return memory_.size_bytes(); }
+
+  /// Bytes of workspace that `observe` and `summarize` need while no head has more than `rows` rows.
+  [[nodiscard]] std::size_t workspace_bytes(Index rows, Index workers) const noexcept {
+    detail::Arena arena;
+    static_cast<void>(Scratch::take(arena, shape_, columns(), rows, workers));
+    return arena.required_bytes();
+  }
+
+  /// Takes the queries of the next positions. Their rows must be in the cache already. Nothing changes when it fails.
+  /// Cost: 2 * n / s * G * T * D FLOPs per head for n queries, half of it under the causal mask.
+  template <KVCacheView V, Executor X>
+  Status observe(const V& view, const QueryRows& queries, Workspace workspace, X& executor) noexcept {
+    if (Status bad = check_call(view); !bad.ok()) return bad;
+    if (Status bad = detail::check_queries(queries, shape_); !bad.ok()) return bad;
+    if (observed_ > 0 && queries.positions.front() < newest_position_) {
+      return {StatusCode::invalid_argument, "queries", "positions lie before queries that were observed"};
+    }
+    if (observed_ > 0 && queries.logit_scale() != scale_) {
+      return {StatusCode::invalid_argument, "queries", "scale differs from that of earlier queries"};
+    }
+    if (workers_of(executor) < 1) return Status{StatusCode::invalid_argument, "executor", "concurrency() must be at least 1"};
+    detail::Arena arena(workspace);
+    const Scratch scratch = Scratch::take(arena, shape_, columns(), detail::max_rows(view), workers_of(executor));
+    if (Status bad = detail::check(arena); !bad.ok()) return bad;
+    std::fill(scratch.status.begin(), scratch.status.end(), Status{});
+
+    const Index n = queries.rows();
+    const Index held = std::min(observed_, options_.window);
+    const Index leaving = std::max<Index>(held + n - options_.window, 0);
+    const Index from_ring = std::min(leaving, held);
+    const Index from_chunk = leaving - from_ring;
+    const Index oldest = observed_ - held;
+    const auto weight = static_cast<float>(options_.query_stride);
+
+    auto task = [&](Index h, Index worker) noexcept {
+      const detail::ColumnScratch& s = scratch.columns[detail::at(worker)];
+      const auto rows = static_cast<Index>(view.size(h));
+      const std::span<float> sums = scratch.sums.subspan(detail::at(h * columns() * scratch.rows), detail::at(columns() * rows));
+      std::fill(sums.begin(), sums.end(), 0.f);
+      Status& status = scratch.status[detail::at(h)];
+      for_ring(oldest, from_ring, [&](const QueryRows& ring, Index sequence) {
+        const auto range = detail::sampled(0, ring.rows(), sequence, options_.query_stride);
+        if (status.ok()) status = detail::ColumnAccumulator(view, h, ring, range, weight, s, sums, columns()).run();
+      });
+      const auto range = detail::sampled(0, from_chunk, observed_, options_.query_stride);
+      if (status.ok()) status = detail::ColumnAccumulator(view, h, queries, range, weight, s, sums, columns()).run();
+      // Queries that stay in the ring are looked at later; a NaN in them must not get in.
+      for (Index g = 0; status.ok() && g < shape_.group_size; ++g) {
+        for (Index i = 0; i < n; ++i) {
+          if (!detail::all_finite(queries.row(h * shape_.group_size + g, i), shape_.key_dim)) {
+            status = {StatusCode::not_finite, "queries", "has a NaN or an infinity", h, i};
+            break;
+          }
+        }
+      }
+    };
+    executor.run(shape_.kv_heads, task);
+    if (Status bad = detail::first_error(scratch.status); !bad.ok()) return bad;
+
+    auto commit = [&](Index h, Index) noexcept {
+      const auto rows = static_cast<Index>(view.size(h));
+      for (Index c = 0; c < columns(); ++c) {
+        detail::add(global(h, c), scratch.sums.data() + h * columns() * scratch.rows + c * rows, rows);
+      }
+      for_ring(oldest, from_ring, [&](const QueryRows& ring, Index sequence) {
+        detail::mark_last_seen(view, h, ring, detail::sampled(0, ring.rows(), sequence, options_.query_stride), weight, marks(h));
+      });
+      detail::mark_last_seen(view, h, queries, detail::sampled(0, from_chunk, observed_, options_.query_stride), weight, marks(h));
+      state_.rows[detail::at(h)] = rows;
+    };
+    executor.run(shape_.kv_heads, commit);
+    remember(queries, from_chunk);
+    return {};
+  }
+
+  /// The sums over all queries observed. The result points into the accumulator and lives until its next change.
+  template <KVCacheView V, Executor X>
+  [[nodiscard]] Result<ColumnSums> summarize(const V& view, Workspace workspace, X& executor) noexcept {
+    if (Status bad = check_call(view); !bad.ok()) return bad;
+    if (observed_ == 0) return Status{StatusCode::invalid_argument, "evidence", "no queries have been observed"};
+    if (workers_of(executor) < 1) return Status{StatusCode::invalid_argument, "executor", "concurrency() must be at least 1"};
+    detail::Arena arena(workspace);
+    const Scratch scratch = Scratch::take(arena, shape_, columns(), detail::max_rows(view), workers_of(executor));
+    if (Status bad = detail::check(arena); !bad.ok()) return bad;
+    std::fill(scratch.status.begin(), scratch.status.end(), Status{});
+
+    state_.offset[0] = 0;
+    for (Index h = 0; h < shape_.kv_heads; ++h) {
+      state_.offset[detail::at(h + 1)] = state_.offset[detail::at(h)] + static_cast<Index>(view.size(h));
+    }
+    const auto total = static_cast<std::size_t>(state_.offset[detail::at(shape_.kv_heads)]);
+    const Index held = std::min(observed_, options_.window);
+    auto task = [&](Index h, Index worker) noexcept {
+      const auto rows = static_cast<Index>(view.size(h));
+      const Index first = state_.offset[detail::at(h)];
+      const std::span<float> loc = state_.local.subspan(detail::at(columns() * first), detail::at(columns() * rows));
+      const std::span<float> seen = state_.seen.subspan(detail::at(first), detail::at(rows));
+      std::fill(loc.begin(), loc.end(), 0.f);
+      std::copy_n(marks(h).begin(), rows, seen.begin());
+      Status& status = scratch.status[detail::at(h)];
+      for_ring(observed_ - held, held, [&](const QueryRows& ring, Index) {
+        const detail::QueryRange all{0, ring.rows(), 1};
+        if (status.ok()) {
+          status = detail::ColumnAccumulator(view, h, ring, all, 1.f, scratch.columns[detail::at(worker)], loc, columns()).run();
+        }
+        detail::mark_last_seen(view, h, ring, all, 1.f, seen);
+      });
+      detail::suffix_sum(seen);
+      float* out = state_.total.data() + columns() * first;
+      for (Index c = 0; c < columns(); ++c) {
+        for (Index j = 0; j < rows; ++j) out[c * rows + j] = global(h, c)[j] + loc[detail::at(c * rows + j)];
+      }
+    };
+    executor.run(shape_.kv_heads, task);
+    if (Status bad = detail::first_error(scratch.status); !bad.ok()) return bad;
+    const std::size_t size = static_cast<std::size_t>(columns()) * total;
+    return ColumnSums{.detail = options_.group == GroupReduction::max ? ColumnDetail::query_head : ColumnDetail::kv_head,
+                      .offset = state_.offset,
+                      .global = state_.total.first(size),
+                      .local = state_.local.first(size),
+                      .seen = state_.seen.first(total),
+                      .window = options_.window};
+  }
+
+ private:
+  struct State {
+    std::span<float> global;        // [H][C][max_rows] queries that left the window
+    std::span<float> marks;         // [H][max_rows] their weight at the last row each could see
+    std::span<Index> rows;          // [H] rows at the last observation
+    std::span<float> ring;          // [W][H * G][D], query number i in slot i % W
+    std::span<Position> positions;  // [W]
+    std::span<Index> offset;        // [H + 1] results from here on
+    std::span<float> total, local;  // [C * sum of T_h]
+    std::span<float> seen;          // [sum of T_h]
+  };
+
+  struct Scratch {
+    std::span<detail::ColumnScratch> columns;  // [workers]
+    std::span<float> sums;                     // [H][C][rows]
+    std::span<Status> status;                  // [H]
+    Index rows = 0;
+
+    static Scratch take(detail::Arena& arena, const LayerShape& shape, Index columns, Index rows, Index workers) noexcept {
+      Scratch s;
+      s.rows = rows;
+      s.columns = arena.take<detail::ColumnScratch>(workers);
+      s.sums = arena.take<float>(shape.kv_heads * columns, rows);
+      s.status = arena.take<Status>(shape.kv_heads);
+      for (Index w = 0; w < workers; ++w) {
+        const auto scratch = detail::ColumnScratch::take(arena, shape.key_dim, rows, false);
+        if (!s.columns.empty()) s.columns[detail::at(w)] = scratch;
+      }
+      return s;
+    }
+  };
+
+  GlobalLocalAccumulator(LayerShape shape, Index max_rows, Options options) noexcept
+      : shape_(shape), max_rows_(max_rows), options_(options) {}
+
+  State layout(detail::Arena& arena) const noexcept {
+    const Index per_head = shape_.kv_heads * columns();
+    State s;
+    s.global = arena.take<float>(per_head, max_rows_);
+    s.marks = arena.take<float>(shape_.kv_heads, max_rows_);
+    s.rows = arena.take<Index>(shape_.kv_heads);
+    s.ring = arena.take<float>(options_.window, shape_.query_heads(), shape_.key_dim);
+    s.positions = arena.take<Position>(options_.window);
+    s.offset = arena.take<Index>(shape_.kv_heads + 1);
+    s.total = arena.take<float>(per_head, max_rows_);
+    s.local = arena.take<float>(per_head, max_rows_);
+    s.seen = arena.take<float>(shape_.kv_heads, max_rows_);
+    return s;
+  }
+
+  [[nodiscard]] Index columns() const noexcept { return options_.group == GroupReduction::max ? shape_.group_size : 1; }
+  [[nodiscard]] float* global(Index h, Index c) const noexcept {
+    return state_.global.data() + (h * columns() + c) * max_rows_;
+  }
+  [[nodiscard]] std::span<float> marks(Index h) const noexcept {
+    return state_.marks.subspan(detail::at(h * max_rows_), detail::at(max_rows_));
+  }
+  template <Executor X>
+  [[nodiscard]] static Index workers_of(const X& executor) noexcept {
+    return static_cast<Index>(executor.concurrency());
+  }
+
+  template <KVCacheView V>
+  [[nodiscard]] Status check_call(const V& view) const noexcept {
+    if (Status bad = detail::check_view(view); !bad.ok()) return bad;
+    const LayerShape shape = view.shape();
+    if (shape.kv_heads != shape_.kv_heads || shape.group_size != shape_.group_size || shape.key_dim != shape_.key_dim) {
+      return {StatusCode::size_mismatch, "view", "has not the shape that the accumulator was made for"};
+    }
+    for (Index h = 0; h < shape.kv_heads; ++h) {
+      const auto rows = static_cast<Index>(view.size(h));
+      if (rows > max_rows_) return {StatusCode::size_mismatch, "view", "has more rows than the accumulator's max_rows", h};
+      if (rows < state_.rows[detail::at(h)]) {
+        return {StatusCode::size_mismatch, "view", "has lost rows since the last observation: reset() first", h};
+      }
+    }
+    return {};
+  }
+
+  /// Calls f(queries, number of the first) for the consecutive pieces of queries [first, first + n) in the ring.
+  template <class F>
+  void for_ring(Index first, Index n, F f) const noexcept {
+    while (n > 0) {
+      const Index slot = first % options_.window;
+      const Index piece = std::min(n, options_.window - slot);
+      QueryRows queries = token_major_queries(state_.ring.data() + slot * shape_.query_heads() * shape_.key_dim,
+                                              shape_.query_heads(), shape_.key_dim,
+                                              state_.positions.subspan(detail::at(slot), detail::at(piece)));
+      queries.scale = scale_;
+      f(queries, first);
+      first += piece;
+      n -= piece;
+    }
+  }
+
+  /// Puts the queries from number `skip` of the chunk on into the ring.
+  void remember(const QueryRows& queries, Index skip) noexcept {
+    for (Index i = skip; i < queries.rows(); ++i) {
+      const Index slot = (observed_ + i) % options_.window;
+      for (Index q = 0; q < shape_.query_heads(); ++q) {
+        std::copy_n(queries.row(q, i), shape_.key_dim,
+                    state_.ring.data() + (slot * shape_.query_heads() + q) * shape_.key_dim);
+      }
+      state_.positions[detail::at(slot)] = queries.positions[detail::at(i)];
+    }
+    observed_ += queries.rows();
+    newest_position_ = queries.positions.back();
+    scale_ = queries.logit_scale();
+  }
+
+  LayerShape shape_;
+  Index max_rows_;
+  Options options_;
+  WorkspaceBuffer memory_;
+  State state_;
+  Index observed_ = 0;
+  Position newest_position_ = 0;
+  float scale_ = 0.f;
+};
+
+}  // namespace kvfold

@@ -1,0 +1,116 @@
+/// \file
+/// Element types of stored rows and the one place where they are converted to and from fp32.
+#pragma once
+
+#include <bit>
+#include <concepts>
+#include <cstdint>
+#include <cstring>
+
+#include "kvfold/types.hpp"
+
+#if defined(__F16C__) && defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+namespace kvfold {
+
+/// IEEE binary16 as it lies in memory.
+struct Float16 {
+  std::uint16_t bits = 0;
+  friend constexpr bool operator==(Float16, Float16) = default;
+};
+
+/// bfloat16 as it lies in memory: the upper half of an fp32.
+struct BFloat16 {
+  std::uint16_t bits = 0;
+  friend constexpr bool operator==(BFloat16, BFloat16) = default;
+};
+
+/// Exact for every input, NaN payloads included. Independent of the FTZ and DAZ modes of the thread.
+[[nodiscard]] constexpr float to_float(Float16 x) noexcept {
+  const std::uint32_t sign = std::uint32_t{x.bits & 0x8000u} << 16;
+  const std::uint32_t magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  if (magnitude < 0x400u) {  // zero and subnormals: an integer multiple of 2^-24
+    const float value = static_cast<float>(magnitude) * 0x1p-24f;
+    return std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) | sign);
+  }
+  return std::bit_cast<float>(sign | ((magnitude << 13) + (112u << 23)));
+}
+
+[[nodiscard]] constexpr float to_float(BFloat16 x) noexcept {
+  return std::bit_cast<float>(std::uint32_t{x.bits} << 16);
+}
+
+[[nodiscard]] constexpr float to_float(float x) noexcept { return x; }
+
+template <class Element>
+Element from_float(float x) noexcept = delete;
+
+template <>
+[[nodiscard]] constexpr float from_float<float>(float x) noexcept {
+  return x;
+}
+
+/// Rounds to nearest, ties to even; overflow gives infinity; NaN stays NaN.
+template <>
+[[nodiscard]] constexpr Float16 from_float<Float16>(float x) noexcept {
+  const auto bits = std::bit_cast<std::uint32_t>(x);
+  const auto sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000u);
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  const auto half = [sign](std::uint32_t m) { return Float16{static_cast<std::uint16_t>(sign | m)}; };
+  if (magnitude > 0x7f800000u) return half(0x7e00u | (magnitude >> 13 & 0x3ffu));
+  if (magnitude >= 0x477ff000u) return half(0x7c00u);  // from 65520 on
+  if (magnitude < 0x38800000u) {                        // below 2^-14: subnormal or zero
+    if (magnitude < 0x33000000u) return half(0);        // below 2^-25
+    const std::uint32_t exponent = magnitude >> 23;
+    const std::uint32_t mantissa = (magnitude & 0x7fffffu) | 0x800000u;
+    const std::uint32_t shift = 126u - exponent;        // 14 .. 24
+    const std::uint32_t kept = mantissa >> shift;
+    const std::uint32_t rest = mantissa & ((1u << shift) - 1u);
+    const std::uint32_t middle = 1u << (shift - 1u);
+    return half(kept + (rest > middle || (rest == middle && (kept & 1u) != 0) ? 1u : 0u));
+  }
+  const std::uint32_t rebased = magnitude - (112u << 23);
+  return half((rebased + 0xfffu + (rebased >> 13 & 1u)) >> 13);
+}
+
+/// Rounds to nearest, ties to even; NaN stays NaN.
+template <>
+[[nodiscard]] constexpr BFloat16 from_float<BFloat16>(float x) noexcept {
+  const auto bits = std::bit_cast<std::uint32_t>(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>(bits >> 16 | 0x40u)};
+  return {static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+
+/// A type that stored rows may have.
+template <class T>
+concept Element = std::same_as<T, float> || std::same_as<T, Float16> || std::same_as<T, BFloat16>;
+
+/// Converts n consecutive elements. `from` and `to` must not overlap.
+template <Element T>
+void load_floats(const T* from, Index n, float* to) noexcept {
+  if constexpr (std::same_as<T, float>) {
+    if (n > 0) std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(float));
+  } else {
+    Index i = 0;
+#if defined(__F16C__) && defined(__AVX__)
+    if constexpr (std::same_as<T, Float16>) {
+      for (; i + 8 <= n; i += 8) {
+        const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(packed));
+      }
+    }
+#endif
+    for (; i < n; ++i) to[i] = to_float(from[i]);
+  }
+}
+
+/// Converts n floats, rounding to nearest even. `from` and `to` must not overlap.
+template <Element T>
+void store_floats(const float* from, Index n, T* to) noexcept {
+  for (Index i = 0; i < n; ++i) to[i] = from_float<T>(from[i]);
+}
+
+}  // namespace kvfold

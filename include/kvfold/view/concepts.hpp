@@ -1,0 +1,140 @@
+/// \file
+/// The contract between kvfold and an engine's KV cache.
+///
+/// A view is one sequence of one layer. It is small and non-owning: batches, pages, layers and streams are many views.
+/// Rows of a head are in ascending order of position; all functions may be called from several threads at once as long
+/// as no two of them touch the same head.
+#pragma once
+
+#include <concepts>
+#include <span>
+
+#include "kvfold/types.hpp"
+
+namespace kvfold {
+
+/// What every policy needs to read.
+///
+/// - `shape()`: H, G, D, E.
+/// - `size(h)`: T_h, rows in head h.
+/// - `position(h, t)`: the RoPE position that the stored key was rotated to; non-decreasing in t.
+/// - `read_keys(h, t, n, out)`: rows [t, t + n) as n * D floats, converted where the storage is not fp32.
+/// - `read_values(h, t, n, out)`: the same for values, n * E floats.
+template <class V>
+concept KVCacheView = requires(const V& v, Index h, Index t, Index n, std::span<float> out) {
+  { v.shape() } noexcept -> std::same_as<LayerShape>;
+  { v.size(h) } noexcept -> std::convertible_to<Index>;
+  { v.position(h, t) } noexcept -> std::convertible_to<Position>;
+  { v.read_keys(h, t, n, out) } noexcept;
+  { v.read_values(h, t, n, out) } noexcept;
+};
+
+/// What `apply` needs to write. None of these may fail: whatever can go wrong has been checked before.
+///
+/// - `write_key(h, t, in)`, `write_value(h, t, in)`: store a row, converted where the storage is not fp32.
+/// - `move_row(h, from, to)`: copy everything that belongs to a row (bytes of K and V, scales, position, log mass).
+/// - `resize(h, n)`: shrink head h to n rows. Ragged storage gives memory back.
+template <class V>
+concept MutableKVCacheView =
+    KVCacheView<V> && requires(V& v, Index h, Index t, Index from, Index n, std::span<const float> in) {
+      { v.write_key(h, t, in) } noexcept;
+      { v.write_value(h, t, in) } noexcept;
+      { v.move_row(h, from, t) } noexcept;
+      { v.resize(h, n) } noexcept;
+    };
+
+/// Optional: attention adds `log_mass(h, t)` to the logit of row t, so that a merged row can weigh as much as what it
+/// has absorbed. Without it, merging with a mass mode other than `MassMode::none` is refused.
+template <class V>
+concept HasLogMass = requires(const V& v, Index h, Index t) {
+  { v.log_mass(h, t) } noexcept -> std::convertible_to<float>;
+};
+
+/// Optional: log masses can be stored too.
+template <class V>
+concept HasWritableLogMass = HasLogMass<V> && requires(V& v, Index h, Index t, float m) {
+  { v.write_log_mass(h, t, m) } noexcept;
+};
+
+/// Optional: a view whose place for log masses may be absent at run time says so; asked before anything is written.
+template <class V>
+concept MayLackLogMass = requires(const V& v) {
+  { v.stores_log_mass() } noexcept -> std::same_as<bool>;
+};
+
+/// Optional: fp32 rows that lie one after the other are used in place. Each function returns the address of row t when
+/// rows [t, t + n) are n * width consecutive floats, else nullptr (then they are read through `read_keys/values`).
+template <class V>
+concept HasContiguousRows = requires(const V& v, Index h, Index t, Index n) {
+  { v.key_rows(h, t, n) } noexcept -> std::same_as<const float*>;
+  { v.value_rows(h, t, n) } noexcept -> std::same_as<const float*>;
+};
+
+/// How stored keys carry their position.
+enum class RopeKind : unsigned char {
+  none,        ///< the model does not rotate keys
+  half_split,  ///< channel i is rotated with channel i + rotary_dim / 2 (NeoX, Hugging Face Llama, Qwen2)
+  adjacent,    ///< channel 2i is rotated with channel 2i + 1 (GPT-J, Llama in GGUF)
+  pre_rope,    ///< the engine rotates when it reads: keys are stored without rotation
+  unknown,     ///< not told; whoever needs to un-rotate refuses
+};
+
+/// Rotation of the stored keys. Frequencies: `inv_freq` where given, else theta^(-2i / rotary_dim).
+struct Rope {
+  RopeKind kind = RopeKind::unknown;
+  Index rotary_dim = 0;                      ///< rotated channels, from the first; 0 = all D; even
+  double theta = 10000.0;                    ///< base, above 0
+  std::span<const float> inv_freq = {};      ///< [rotary_dim / 2] radians per position, or empty
+};
+
+/// Optional: needed by policies that un-rotate keys. Absent means `RopeKind::unknown`.
+template <class V>
+concept HasRope = requires(const V& v) {
+  { v.rope() } noexcept -> std::convertible_to<Rope>;
+};
+
+/// Optional: bytes of memory that one row of a head takes (K, V, scales), so that reports speak of real memory.
+template <class V>
+concept HasRowBytes = requires(const V& v, Index h) {
+  { v.row_bytes(h) } noexcept -> std::convertible_to<Index>;
+};
+
+/// Optional: which row counts are possible after compression. Absent means `RowCounts::per_head`.
+template <class V>
+concept HasRowCounts = requires(const V& v) {
+  { v.row_counts() } noexcept -> std::same_as<RowCounts>;
+};
+
+template <KVCacheView V>
+[[nodiscard]] Rope rope_of(const V& view) noexcept {
+  if constexpr (HasRope<V>) return view.rope();
+  return Rope{};
+}
+
+template <KVCacheView V>
+[[nodiscard]] RowCounts row_counts_of(const V& view) noexcept {
+  if constexpr (HasRowCounts<V>) return view.row_counts();
+  return RowCounts::per_head;
+}
+
+template <KVCacheView V>
+[[nodiscard]] Index row_bytes_of(const V& view, Index h) noexcept {
+  if constexpr (HasRowBytes<V>) return static_cast<Index>(view.row_bytes(h));
+  return 0;
+}
+
+/// Whether merged rows can be given a log mass.
+template <KVCacheView V>
+[[nodiscard]] bool can_store_log_mass(const V& view) noexcept {
+  if constexpr (!HasWritableLogMass<V>) return false;
+  else if constexpr (MayLackLogMass<V>) return view.stores_log_mass();
+  else return true;
+}
+
+template <KVCacheView V>
+[[nodiscard]] float log_mass_of(const V& view, Index h, Index t) noexcept {
+  if constexpr (HasLogMass<V>) return static_cast<float>(view.log_mass(h, t));
+  return 0.f;
+}
+
+}  // namespace kvfold

@@ -1,0 +1,290 @@
+#include <kvfold/attend.hpp>
+#include <kvfold/exec/thread_pool.hpp>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "attend_oracle.hpp"
+#include "builders.hpp"
+
+namespace kvfold::test {
+namespace {
+
+constexpr double kTolerance = 3e-6;  // of the largest output
+
+/// Heads of T, T / 2 + 1 and 1 rows, some of which stand for several.
+template <class K = float, class V = K>
+RaggedCache<K, V> ragged_cache(LayerShape shape, Index rows) {
+  auto cache = make_cache<K, V>(shape, rows, 5);
+  Random random(6);
+  for (Index h = 0; h < shape.kv_heads; ++h) {
+    cache.resize(h, h % 3 == 0 ? rows : h % 3 == 1 ? rows / 2 + 1 : 1);
+    for (Index t = 0; t < cache.size(h); t += 3) cache.write_log_mass(h, t, 2.f * random.normal());
+  }
+  return cache;
+}
+
+template <KVCacheView V>
+void expect_oracle(const V& view, const QueryRows& queries) {
+  const auto got = run_attend(view, queries);
+  const auto wanted = attend_oracle(view, queries);
+  EXPECT_LT(relative_error(got.out, wanted.out), kTolerance);
+  EXPECT_LT(relative_error(got.log_sum_exp, wanted.log_sum_exp), kTolerance);
+}
+
+// --- Against the oracle ----------------------------------------------------------------------------------------
+
+class AttendSweep : public testing::TestWithParam<Index> {};
+
+TEST_P(AttendSweep, IsSoftmaxAttentionOverTheRowsOfEachHead) {
+  const Index rows = GetParam();
+  for (const Index group : {1, 3, 7}) {
+    for (const auto& [key_dim, value_dim] : {std::pair<Index, Index>{16, 16}, {24, 10}, {5, 33}}) {
+      const LayerShape shape{3, group, key_dim, value_dim};
+      const auto cache = ragged_cache(shape, rows);
+      for (const Index count : {Index{1}, std::min<Index>(rows, 5), std::min<Index>(rows, 70)}) {
+        SCOPED_TRACE(testing::Message() << "G " << group << ", D " << key_dim << ", E " << value_dim << ", "
+                                        << count << " queries");
+        expect_oracle(cache, make_queries(shape, count, rows).view());
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Rows, AttendSweep, testing::Values(1, 2, 127, 128, 129, 400));
+
+TEST(Attend, ReadsEveryStorageType) {
+  const LayerShape shape{3, 2, 12, 20};
+  const auto queries = make_queries(shape, 4, 150);
+  expect_oracle(ragged_cache<Float16>(shape, 150), queries.view());
+  expect_oracle(ragged_cache<BFloat16>(shape, 150), queries.view());
+  expect_oracle(ragged_cache<BFloat16, float>(shape, 150), queries.view());
+}
+
+TEST(Attend, ReadsEveryLayout) {
+  constexpr Index H = 2, T = 140, D = 12, E = 20, capacity = 150;
+  Random random(9);
+  const auto keys = normals(H * capacity * D, random), values = normals(H * capacity * E, random);
+  std::vector<Index> rows{T, 77};
+  const LayerShape shape{H, 3, D, E};
+  const auto queries = make_queries(shape, 6, T);
+  const std::pair<Strides, Strides> layouts[] = {
+      {Strides::head_major(capacity, D), Strides::head_major(capacity, E)},
+      {Strides::token_major(H, D), Strides::token_major(H, E)},
+      {Strides::head_major(capacity, D), Strides::transposed(capacity, E)},
+      {Strides::transposed(capacity, D), Strides::token_major(H, E)}};
+  for (const auto& [key_strides, value_strides] : layouts) {
+    expect_oracle(StridedView<const float>{.layer = shape,
+                                           .keys = keys.data(),
+                                           .key_strides = key_strides,
+                                           .values = values.data(),
+                                           .value_strides = value_strides,
+                                           .rows = rows},
+                  queries.view());
+  }
+}
+
+TEST(Attend, TakesQueriesOfEveryLayoutAndScale) {
+  const LayerShape shape{2, 3, 8, 8};
+  const auto cache = ragged_cache(shape, 60);
+  const auto queries = make_queries(shape, 4, 60);
+  expect_oracle(cache, token_major_queries(queries.data.data(), 6, 8, queries.positions));
+  QueryRows scaled = queries.view();
+  scaled.scale = 1.7f;
+  expect_oracle(cache, scaled);
+}
+
+TEST(Attend, AQuerySeesItsOwnRowButNoLaterOne) {
+  const LayerShape shape{1, 1, 4, 1};
+  auto cache = make_cache(shape, 5);
+  for (Index t = 0; t < 5; ++t) {
+    cache.write_key(0, t, std::vector<float>(4, 0.f));
+    cache.write_value(0, t, std::vector<float>{static_cast<float>(t)});
+  }
+  const auto out = run_attend(cache, make_queries(shape, 5, 5).view()).out;
+  EXPECT_EQ(out, (std::vector<float>{0.f, 0.5f, 1.f, 1.5f, 2.f}));
+}
+
+TEST(Attend, VisibilityGoesByPositionNotByRow) {
+  const LayerShape shape{1, 2, 6, 6};
+  auto cache = make_cache(shape, 40);
+  for (Index t = 0; t < 10; ++t) cache.move_row(0, 4 * t, t);  // positions 0, 4, 8, ...
+  cache.resize(0, 10);
+  expect_oracle(cache, make_queries(shape, 30, 40).view());
+}
+
+TEST(Attend, RowsAtOnePositionAreSeenTogether) {
+  const LayerShape shape{1, 1, 6, 6};
+  auto cache = RaggedCache<>::create(shape).value();
+  Random random(1);
+  const auto data = normals(4 * 6, random);
+  const std::vector<Position> positions{3, 3, 3, 7};
+  ASSERT_TRUE(
+      cache.append(data.data(), Strides::head_major(4, 6), data.data(), Strides::head_major(4, 6), positions)
+          .ok());
+  expect_oracle(cache, make_queries(shape, 5, 8).view());
+}
+
+TEST(Attend, ALogMassOfLogNWeighsAsMuchAsNEqualRows) {
+  const LayerShape shape{1, 2, 8, 8};
+  auto repeated = make_cache(shape, 6);
+  for (const Index t : {3, 4, 5}) {
+    repeated.write_key(0, t, {repeated.key_rows(0, 2, 1), 8});
+    repeated.write_value(0, t, {repeated.value_rows(0, 2, 1), 8});
+  }
+  auto merged = repeated.clone().value();
+  merged.resize(0, 3);
+  merged.write_log_mass(0, 2, std::log(4.f));
+  const auto queries = make_queries(shape, 2, 8);
+  EXPECT_LT(relative_error(run_attend(merged, queries.view()).out, run_attend(repeated, queries.view()).out),
+            1e-6);
+}
+
+// --- Numbers at the edge ---------------------------------------------------------------------------------------
+
+TEST(Attend, HugeLogitsDoNotOverflow) {
+  const LayerShape shape{1, 1, 4, 2};
+  for (const Index rows : {3, 300}) {
+    auto cache = make_cache(shape, rows);
+    for (Index t = 0; t < rows; ++t) {
+      cache.write_key(0, t, std::vector<float>{1e4f * static_cast<float>(t + 1), 0, 0, 0});
+      cache.write_value(0, t, std::vector<float>{static_cast<float>(t), 1});
+    }
+    const std::vector<Position> positions{rows};
+    for (const float q : {1e10f, -1e10f}) {
+      const std::vector<float> query{q, 0, 0, 0};
+      const auto got = run_attend(cache, head_major_queries(query.data(), 1, 4, positions));
+      ASSERT_EQ(got.out.size(), 2u);
+      EXPECT_NEAR(got.out[0], q > 0 ? static_cast<float>(rows - 1) : 0.f, 1e-30f);  // all weight on one row
+      EXPECT_EQ(got.out[1], 1.f);
+      EXPECT_FLOAT_EQ(got.log_sum_exp[0], q * 0.5f * 1e4f * (q > 0 ? static_cast<float>(rows) : 1.f));
+    }
+  }
+}
+
+TEST(Attend, AVerySmallLogMassHidesARow) {
+  const LayerShape shape{1, 1, 4, 4};
+  auto cache = make_cache(shape, 200);
+  cache.write_log_mass(0, 100, -1e4f);
+  const auto queries = make_queries(shape, 1, 200);
+  const auto wanted = attend_oracle(cache, queries.view(), [](Index, Index t) { return t != 100; });
+  EXPECT_LT(relative_error(run_attend(cache, queries.view()).out, wanted.out), kTolerance);
+}
+
+/// Rows that no query of the call can see.
+class UnseenRow : public testing::TestWithParam<float> {};
+
+TEST_P(UnseenRow, DoesNotReachTheOutputWhateverIsInIt) {
+  const LayerShape shape{1, 3, 8, 8};
+  auto cache = make_cache(shape, 20);
+  const auto queries = make_queries(shape, 4, 14);  // positions 10 .. 13
+  const auto wanted = run_attend(cache, queries.view());
+  const std::vector<float> bad(8, GetParam());
+  for (const Index t : {14, 19}) {
+    cache.write_key(0, t, bad);
+    cache.write_value(0, t, bad);
+  }
+  EXPECT_EQ(run_attend(cache, queries.view()).out, wanted.out);
+}
+
+INSTANTIATE_TEST_SUITE_P(Contents, UnseenRow,
+                         testing::Values(3e38f, std::numeric_limits<float>::infinity(),
+                                         std::numeric_limits<float>::quiet_NaN()));
+
+// --- Calls -----------------------------------------------------------------------------------------------------
+
+TEST(Attend, GivesTheSameBitsForEveryExecutor) {
+  const LayerShape shape{5, 3, 16, 24};
+  const auto cache = ragged_cache(shape, 300);
+  const auto queries = make_queries(shape, 50, 300);
+  const auto serial = run_attend(cache, queries.view());
+  for (const Index threads : {1, 2, 3, 4}) {
+    const auto pooled = run_attend(cache, queries.view(), ThreadPool(threads));
+    EXPECT_EQ(pooled.out, serial.out);
+    EXPECT_EQ(pooled.log_sum_exp, serial.log_sum_exp);
+  }
+}
+
+/// A call of `attend` whose arguments are all good, to be spoilt one at a time.
+struct Call {
+  LayerShape shape{2, 2, 8, 6};
+  RaggedCache<> cache = make_cache(shape, 20);
+  OwnedQueries owned = make_queries(shape, 3, 20);
+  QueryRows queries = owned.view();
+  std::vector<float> data = std::vector<float>(4 * 3 * 6, -7.f);
+  std::vector<float> log_sum_exp = std::vector<float>(4 * 3);
+  AttentionOutput out{.data = data.data(), .head_stride = 18, .row_stride = 6, .log_sum_exp = log_sum_exp};
+  std::size_t bytes = attend_workspace_bytes(shape, 1);
+
+  Status run() {
+    std::vector<std::byte> memory(bytes);
+    SerialExecutor executor;
+    return attend(cache, queries, out, memory, executor);
+  }
+};
+
+TEST(Attend, WritesOutputsOfAnyStrideAndNothingElse) {
+  Call plain, strided;
+  ASSERT_TRUE(plain.run().ok());
+  constexpr Index row_stride = 4 * 6 + 5;  // [rows][H * G][E] and a gap
+  std::vector<float> data(3 * row_stride, -7.f);
+  strided.out = {.data = data.data(), .head_stride = 6, .row_stride = row_stride};
+  ASSERT_TRUE(strided.run().ok());
+  for (std::size_t i = 0; i < 3; ++i) {
+    for (std::size_t x = 0; x < row_stride; ++x) {
+      const bool gap = x >= 24;
+      EXPECT_EQ(data[i * row_stride + x], gap ? -7.f : plain.data[x / 6 * 18 + i * 6 + x % 6]);
+    }
+  }
+}
+
+TEST(Attend, NamesABadArgumentAndWritesNothing) {
+  const auto expect_refused = [](Call& call, StatusCode code, std::string_view argument) {
+    const Status status = call.run();
+    EXPECT_EQ(status.code(), code) << status.detail();
+    EXPECT_EQ(status.argument(), argument) << status.detail();
+    EXPECT_EQ(call.data, std::vector<float>(4 * 3 * 6, -7.f));
+  };
+  const auto refused = [&](StatusCode code, std::string_view argument, auto spoil) {
+    Call call;
+    spoil(call);
+    expect_refused(call, code, argument);
+  };
+  using enum StatusCode;
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  refused(invalid_argument, "queries", [](Call& c) { c.queries.data = nullptr; });
+  refused(invalid_argument, "queries", [](Call& c) { c.queries.positions = {}; });
+  refused(invalid_argument, "queries", [](Call& c) { c.queries.row_stride = 7; });
+  refused(invalid_argument, "queries", [](Call& c) { c.queries.head_stride = -24; });
+  refused(invalid_argument, "queries", [&](Call& c) { c.queries.scale = nan; });
+  refused(invalid_argument, "queries", [](Call& c) { c.queries.scale = -1.f; });
+  refused(size_mismatch, "queries", [](Call& c) { c.queries.query_heads = 2; });
+  refused(size_mismatch, "queries", [](Call& c) { c.queries.dim = 6; });
+  refused(invalid_argument, "queries",
+          [](Call& c) { std::swap(c.owned.positions[0], c.owned.positions[2]); });
+  refused(invalid_argument, "queries", [](Call& c) { c.owned.positions[0] = -1; });  // before every row
+  refused(invalid_argument, "out", [](Call& c) { c.out.data = nullptr; });
+  refused(invalid_argument, "out", [](Call& c) { c.out.row_stride = 5; });
+  refused(invalid_argument, "out", [](Call& c) { c.out.head_stride = -18; });
+  refused(size_mismatch, "out", [](Call& c) { c.out.log_sum_exp = c.out.log_sum_exp.first(11); });
+  refused(invalid_argument, "view", [](Call& c) { c.cache.resize(1, 0); });
+  refused(not_finite, "log_mass", [&](Call& c) { c.cache.write_log_mass(1, 7, nan); });
+  refused(workspace_too_small, "workspace", [](Call& c) { c.bytes /= 2; });
+  refused(workspace_too_small, "workspace", [](Call& c) { c.bytes = 0; });
+}
+
+TEST(Attend, NamesTheHeadWhoseRowsAQueryPrecedes) {
+  Call call;
+  for (Index t = 0; t < 5; ++t) call.cache.move_row(1, t + 15, t);
+  call.cache.resize(1, 5);  // positions 15 .. 19
+  call.owned.positions = {10, 15, 16};
+  call.queries = call.owned.view();
+  EXPECT_EQ(call.run().argument(), "queries");
+  EXPECT_EQ(call.run().head(), 1);
+}
+
+}  // namespace
+}  // namespace kvfold::test

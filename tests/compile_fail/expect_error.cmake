@@ -1,0 +1,23 @@
+# cmake -DMATCHES=<regex> -P expect_error.cmake -- <compiler and arguments>
+# Succeeds if the compiler rejects its input with an error that matches.
+set(command "")
+set(in_command FALSE)
+math(EXPR last "${CMAKE_ARGC} - 1")
+foreach(i RANGE ${last})
+  if(in_command)
+    list(APPEND command "${CMAKE_ARGV${i}}")
+  elseif(CMAKE_ARGV${i} STREQUAL "--")
+    set(in_command TRUE)
+  endif()
+endforeach()
+
+execute_process(COMMAND ${command} RESULT_VARIABLE status OUTPUT_VARIABLE output ERROR_VARIABLE output)
+if(status EQUAL 0)
+  message(FATAL_ERROR "This should not compile, but does:\n  ${command}")
+endif()
+if(NOT status EQUAL 1 OR NOT output MATCHES "error: ")
+  message(FATAL_ERROR "The compiler did not run as it should (${status}):\n${output}")
+endif()
+if(NOT output MATCHES "${MATCHES}")
+  message(FATAL_ERROR "The compiler's message does not match '${MATCHES}':\n${output}")
+endif()

@@ -1,0 +1,131 @@
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <fstream>
+#include <set>
+
+#include "evaluation/documents.hpp"
+#include "evaluation/methods.hpp"
+#include "evaluation/metrics.hpp"
+#include "tiny_model.hpp"
+
+namespace kvfold {
+namespace {
+
+using decoder::Matrix;
+using evaluation::Text;
+
+std::vector<Text> numbered_texts() {
+  std::vector<Text> texts{{"a", {}}, {"b", {}}};
+  for (int i = 0; i < 1000; ++i) texts[0].tokens.push_back(i);
+  for (int i = 0; i < 600; ++i) texts[1].tokens.push_back(5000 + i);
+  return texts;
+}
+
+TEST(Documents, AreDealtToTheTextsInTurnAndDoNotOverlap) {
+  const auto texts = numbered_texts();
+  const auto documents = evaluation::choose_documents(texts, 5, 100, 3);
+  ASSERT_EQ(documents.size(), 5u);
+  std::set<decoder::Token> seen;
+  for (std::size_t i = 0; i < documents.size(); ++i) {
+    EXPECT_EQ(documents[i].name.front(), i % 2 == 0 ? 'a' : 'b');
+    EXPECT_EQ(documents[i].tokens.size(), 100u);
+    for (const auto token : documents[i].tokens) EXPECT_TRUE(seen.insert(token).second) << "shared by two documents";
+  }
+}
+
+TEST(Documents, DependOnTheSeedAndOnNothingElse) {
+  const auto texts = numbered_texts();
+  const auto starts = [&](std::uint64_t seed) {
+    std::vector<decoder::Token> first;
+    for (const auto& d : evaluation::choose_documents(texts, 4, 50, seed)) first.push_back(d.tokens.front());
+    return first;
+  };
+  EXPECT_EQ(starts(1), starts(1));
+  EXPECT_NE(starts(1), starts(2));
+}
+
+TEST(Documents, ATextThatIsTooShortIsRefused) {
+  EXPECT_THROW(evaluation::choose_documents(numbered_texts(), 2, 601, 1), std::runtime_error);
+  EXPECT_THROW(evaluation::choose_documents(numbered_texts(), 4, 301, 1), std::runtime_error);
+  EXPECT_NO_THROW(evaluation::choose_documents(numbered_texts(), 4, 300, 1));
+}
+
+TEST(Texts, ByteModelsReadPlainTextAndOthersNeedTokens) {
+  const auto file = std::filesystem::path(testing::TempDir()) / "kvfold_text.txt";
+  std::ofstream(file, std::ios::binary) << "h\xc3\xa9\n";
+  decoder::Config config;
+  config.vocab_size = 256;
+  config.tokenizer = "bytes";
+  EXPECT_EQ(evaluation::load_text(file, config).tokens, (std::vector<decoder::Token>{'h', 0xc3, 0xa9, '\n'}));
+  config.tokenizer = "tokenizer.json";
+  EXPECT_THROW(evaluation::load_text(file, config), std::runtime_error);
+  std::ofstream(file) << R"({"format": "kvfold-tokens-1", "ids": [3, 255]})";
+  EXPECT_EQ(evaluation::load_text(file, config).tokens, (std::vector<decoder::Token>{3, 255}));
+  std::ofstream(file) << R"({"format": "kvfold-tokens-1", "ids": [3, 256]})";
+  EXPECT_THROW(evaluation::load_text(file, config), std::runtime_error);
+}
+
+TEST(Metrics, AgreeWithTheirDefinitions) {
+  ThreadPool pool(2);
+  Matrix p(2, 3), q(2, 3);
+  p << 1.f, 2.f, 3.f, 500.f, 500.f, -500.f;
+  q << 3.f, 2.f, 1.f, 0.f, 0.f, 0.f;
+  evaluation::log_softmax(p, pool);
+  evaluation::log_softmax(q, pool);
+  const double z = std::exp(1.0) + std::exp(2.0) + std::exp(3.0);
+  EXPECT_NEAR(p(0, 2), 3.0 - std::log(z), 1e-6);
+  EXPECT_NEAR(evaluation::negative_log_likelihood(p, std::vector<decoder::Token>{2, 0}), (std::log(z) - 3.0 + std::log(2.0)) / 2, 1e-6);
+  const double first = (std::exp(3.0) - std::exp(1.0)) * 2.0 / z;  // sum of p_i * (i - (4 - i))
+  const double second = std::log(3.0) - std::log(2.0);
+  EXPECT_NEAR(evaluation::mean_kl(p, q, pool), (first + second) / 2, 1e-5);
+  EXPECT_EQ(evaluation::mean_kl(p, p, pool), 0.0);
+}
+
+TEST(Methods, TakeOptionsOfTheirOwn) {
+  ThreadPool pool(1);
+  evaluation::Options common;
+  common.set("tau", "0.5");
+  const auto method = evaluation::make_method("ems@recent=3@key-mode=rotated@span-weight=0.25", common, pool);
+  EXPECT_EQ(method.options.score.protect.recent, 3);
+  EXPECT_EQ(method.options.merge.key_mode, KeyMode::rotated);
+  EXPECT_FLOAT_EQ(method.options.score.span_weight, 0.25f);
+  EXPECT_FLOAT_EQ(method.options.merge.assigner.tau, 0.5f);
+}
+
+TEST(Methods, WhatIsNotKnownOrOutOfRangeIsRefused) {
+  ThreadPool pool(1);
+  for (const char* text : {"emz", "ems@", "ems@tau", "ems@tau=", "ems@tau=x", "ems@tau=2", "ems@window=0", "ems@window=1.5",
+                           "ems@span-width=4", "ems@key-mode=left", "ems@budget=3", "ems@gamma=-1"}) {
+    EXPECT_THROW(evaluation::make_method(text, {}, pool), std::runtime_error) << text;
+  }
+}
+
+TEST(Methods, EveryOneKeepsItsBudgetOnARealForwardPass) {
+  const auto directory = std::filesystem::path(testing::TempDir()) / "kvfold_methods";
+  test::write_tiny_model(directory, {}, 3);
+  ThreadPool pool(2);
+  decoder::Decoder model(directory, pool);
+  std::vector<decoder::Token> prompt(200);
+  for (std::size_t i = 0; i < prompt.size(); ++i) prompt[i] = static_cast<decoder::Token>(i * 13 % 50);
+  std::vector<evaluation::Method> methods;
+  std::vector<evaluation::Options> options;
+  for (const auto& name : evaluation::method_names()) {
+    methods.push_back(evaluation::make_method(name, {}, pool));
+    options.push_back(methods.back().options);
+  }
+  decoder::Sequence sequence = model.new_sequence();
+  evaluation::Evidence evidence(model, 200, options, pool);
+  model.prefill(prompt, sequence, 64, evidence.observer(sequence));
+  for (const auto& method : methods) {
+    decoder::Sequence copy = sequence.clone();
+    const auto outcome = method.compress(copy, evidence, 40);
+    const Index expected = (method.label == "full" ? 200 : 40) * 2 * 2;  // two layers, two heads
+    EXPECT_EQ(copy.rows(), expected) << method.label;
+    EXPECT_EQ(outcome.report.rows_kept, expected) << method.label;
+    EXPECT_EQ(copy.next, 200);
+  }
+}
+
+}  // namespace
+}  // namespace kvfold

@@ -1,0 +1,3 @@
+#include <kvfold/kvfold.hpp>
+
+const int* other_version() { return &kvfold::kVersionMajor; }
