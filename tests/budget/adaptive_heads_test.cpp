@@ -23,10 +23,6 @@ struct Head {
   [[nodiscard]] Protection protection(Index t) const {
     return t < sinks ? Protection::sink : t >= rows() - recent ? Protection::recent : Protection::none;
   }
-  [[nodiscard]] Index unprotected_sum() const {
-    return std::accumulate(scores.begin() + std::min(sinks, rows()),
-                           scores.end() - std::min(recent, rows() - std::min(sinks, rows())), Index{0});
-  }
 };
 using Layer = std::vector<Head>;
 
@@ -154,9 +150,13 @@ Budgets oracle(const Layer& heads, Options options) {
     const auto share = static_cast<Index>(std::ceil(options.floor_share * static_cast<float>(options.rows)));
     budgets.push_back(
         std::min({std::max({share, std::min(guarded, options.rows), Index{1}}), options.rows, head.rows()}));
+    Index whole = 0;  // of the rows that may claim; where it is 0, all shares are
+    for (Index i = 0; i < head.rows(); ++i) {
+      const Index t = rows[static_cast<std::size_t>(i)];
+      if (i >= budgets.back() || head.protection(t) == Protection::none) whole += score(t);
+    }
     for (Index i = budgets.back(); i < head.rows(); ++i) {
       const Index t = rows[static_cast<std::size_t>(i)];
-      const Index whole = head.unprotected_sum();  // of a head without one, all shares are 0
       claims.push_back({whole > 0 ? score(t) : 0, std::max<Index>(whole, 1), static_cast<Index>(h), t});
     }
     all += head.rows();

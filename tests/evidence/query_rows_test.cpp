@@ -158,7 +158,7 @@ const Refusal kRefusals[] = {
      [](Call& c) {
        c.cache.write_key(0, 129, std::vector<float>{0, 0, 0, -kInfinity, 0, 0, 0, 0});
      }},
-    {"NaNInALogMass", kNotFinite, "keys", [](Call& c) { c.cache.write_log_mass(1, 200, kNaN); }},
+    {"NaNInALogMass", kNotFinite, "log_mass", [](Call& c) { c.cache.write_log_mass(1, 200, kNaN); }},
     {"TooFewLogSumExps", kMismatch, "queries",
      [](Call& c) { c.queries.log_sum_exp = std::span<const float>(c.log_sum_exp).first(39); }},
     {"LogSumExpThatIsNoNumber", kNotFinite, "queries", [](Call& c) { c.shift_log_sum_exps(kNaN); }},

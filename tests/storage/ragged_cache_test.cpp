@@ -16,7 +16,7 @@ struct CountingMemory {
   static inline std::size_t live = 0;
   static inline std::size_t largest_request = 0;
   static inline int calls = 0;
-  static inline int fail_from = -1;  ///< number of the first call that fails; -1: none does
+  static inline int fail_from = -1;  ///< from this call on, nothing can grow; -1: memory never ends
   static inline bool fails_to_shrink = false;
 
   static void reset() {
@@ -28,7 +28,7 @@ struct CountingMemory {
 
   [[nodiscard]] static void* resize(void* block, std::size_t old_bytes, std::size_t new_bytes) noexcept {
     largest_request = std::max(largest_request, new_bytes);
-    const bool fails = fail_from >= 0 && calls >= fail_from;
+    const bool fails = fail_from >= 0 && calls >= fail_from && new_bytes > old_bytes;
     ++calls;
     if (new_bytes != 0 && (fails || (fails_to_shrink && new_bytes < old_bytes))) return nullptr;
     live += new_bytes;

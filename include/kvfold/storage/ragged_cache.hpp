@@ -86,7 +86,7 @@ class RaggedCache {
     return copy;
   }
 
-  /// Makes room for `rows` rows in every head. All heads or none.
+  /// Makes room for `rows` rows in every head. All heads or none; no row changes either way.
   Status reserve(Index rows) noexcept {
     if (rows < 0 || rows > kMaxRows) return {StatusCode::invalid_argument, "rows", "must be in [0, kMaxRows]"};
     return grow([rows](const Head&) { return rows; });
