@@ -1,13 +1,14 @@
 /// \file
 /// Scoring and planning one layer, beside the products and exps that no implementation can avoid.
 
-#include <benchmark/benchmark.h>
-
-#include <Eigen/Core>
-#include <chrono>
 #include <kvfold/kvfold.hpp>
+
+#include <chrono>
 #include <random>
 #include <vector>
+
+#include <Eigen/Core>
+#include <benchmark/benchmark.h>
 
 namespace {
 
@@ -34,13 +35,16 @@ Layer make_layer(kvfold::LayerShape shape, Index rows, Index window) {
   const auto status = cache->append(keys.data(), kvfold::Strides::head_major(rows, shape.key_dim), values.data(),
                                     kvfold::Strides::head_major(rows, shape.value_dim), positions);
   if (!status.ok()) std::abort();
-  return {std::move(cache).value(), fill(shape.query_heads() * window * shape.key_dim), {positions.end() - window, positions.end()}};
+  return {std::move(cache).value(),
+          fill(shape.query_heads() * window * shape.key_dim),
+          {positions.end() - window, positions.end()}};
 }
 
 /// Seconds for the least work that window scores and classes need: their products at Eigen's speed, and the exps.
 double floor_seconds(kvfold::LayerShape shape, Index rows, Index window, Index budget) {
   using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-  const Matrix queries = Matrix::Random(shape.group_size * window, shape.key_dim), keys = Matrix::Random(rows, shape.key_dim);
+  const Matrix queries = Matrix::Random(shape.group_size * window, shape.key_dim),
+               keys = Matrix::Random(rows, shape.key_dim);
   const Matrix unit_keys = Matrix::Random(budget, shape.key_dim), unit_values = Matrix::Random(budget, shape.value_dim);
   Matrix logits(queries.rows(), rows), key_sims(budget, budget), value_sims(budget, budget);
   const auto start = std::chrono::steady_clock::now();
@@ -61,7 +65,8 @@ void BM_PlanWindow(benchmark::State& state, kvfold::LayerShape shape, Index budg
   constexpr Index kWindow = 32;
   const Index rows = state.range(0);
   const Layer layer = make_layer(shape, rows, kWindow);
-  const auto queries = kvfold::head_major_queries(layer.queries.data(), shape.query_heads(), shape.key_dim, layer.positions);
+  const auto queries =
+      kvfold::head_major_queries(layer.queries.data(), shape.query_heads(), shape.key_dim, layer.positions);
   const kvfold::Ems ems({.budget = {.rows = budget}});
   kvfold::SerialExecutor executor;
   kvfold::WorkspaceBuffer workspace;
@@ -77,13 +82,20 @@ void BM_PlanWindow(benchmark::State& state, kvfold::LayerShape shape, Index budg
     if (!plan.ok()) return state.SkipWithError("plan");
     benchmark::DoNotOptimize(plan.value());
   }
-  state.counters["rows/s"] = benchmark::Counter(static_cast<double>(shape.kv_heads * rows), benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["rows/s"] =
+      benchmark::Counter(static_cast<double>(shape.kv_heads * rows), benchmark::Counter::kIsIterationInvariantRate);
   state.counters["best/floor"] = best / floor;
   state.counters["workspace_MB"] = static_cast<double>(bytes.value()) / 1e6;
 }
 
-BENCHMARK_CAPTURE(BM_PlanWindow, smollm2_135m, kvfold::LayerShape{3, 3, 64, 64}, 256)->Arg(2048)->Arg(8192)->Unit(benchmark::kMillisecond);
-BENCHMARK_CAPTURE(BM_PlanWindow, llama3_8b, kvfold::LayerShape{8, 4, 128, 128}, 1024)->Arg(8192)->Arg(32768)->Unit(benchmark::kMillisecond);
+BENCHMARK_CAPTURE(BM_PlanWindow, smollm2_135m, kvfold::LayerShape{3, 3, 64, 64}, 256)
+    ->Arg(2048)
+    ->Arg(8192)
+    ->Unit(benchmark::kMillisecond);
+BENCHMARK_CAPTURE(BM_PlanWindow, llama3_8b, kvfold::LayerShape{8, 4, 128, 128}, 1024)
+    ->Arg(8192)
+    ->Arg(32768)
+    ->Unit(benchmark::kMillisecond);
 
 }  // namespace
 

@@ -4,7 +4,6 @@
 /// For each document: reads N tokens, compresses every layer's cache by each method, reads the next M tokens from the
 /// compressed cache, and compares the predictions with those from the full cache.
 
-#include <CLI/CLI.hpp>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -12,6 +11,8 @@
 #include <iostream>
 #include <map>
 #include <thread>
+
+#include <CLI/CLI.hpp>
 
 #include "evaluation/documents.hpp"
 #include "evaluation/methods.hpp"
@@ -61,13 +62,19 @@ struct Measured {
 
 void add_policy_options(CLI::App& app, evaluation::Options& options) {
   for (const auto& field : evaluation::option_fields()) {
-    app.add_option_function<std::string>("--" + field.name, [&](const std::string& text) {
-         try {
-           field.set(options, text);
-         } catch (const std::runtime_error& error) {
-           throw CLI::ValidationError(error.what());
-         }
-       }, field.help)->group("Policy options")->default_str(field.get(options).dump())->run_callback_for_default(false);
+    app.add_option_function<std::string>(
+           "--" + field.name,
+           [&](const std::string& text) {
+             try {
+               field.set(options, text);
+             } catch (const std::runtime_error& error) {
+               throw CLI::ValidationError(error.what());
+             }
+           },
+           field.help)
+        ->group("Policy options")
+        ->default_str(field.get(options).dump())
+        ->run_callback_for_default(false);
   }
 }
 
@@ -76,11 +83,16 @@ class DocumentRun {
  public:
   DocumentRun(decoder::Decoder& model, kvfold::ThreadPool& pool, const Settings& settings,
               const std::vector<evaluation::Options>& options, const evaluation::Document& document)
-      : model_(model), pool_(pool), settings_(settings), document_(document), prompt_(model.new_sequence()),
+      : model_(model),
+        pool_(pool),
+        settings_(settings),
+        document_(document),
+        prompt_(model.new_sequence()),
         evidence_(model, static_cast<Index>(settings.context), options, pool) {
     const auto start = std::chrono::steady_clock::now();
     model_.prefill(document.tokens.first(settings.context), prompt_, settings.chunk, evidence_.observer(prompt_));
-    prefill_ms_ = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count() - evidence_.observe_ms();
+    prefill_ms_ = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count() -
+                  evidence_.observe_ms();
     full_ = continue_from(prompt_.clone());
     full_nll_ = evaluation::negative_log_likelihood(full_, next_tokens());
   }
@@ -95,8 +107,10 @@ class DocumentRun {
     const std::string& name = method.label;
     if (name == "full") return {name, budget, document_.name, full_nll_, full_nll_, 0.0, outcome};
     const decoder::Matrix log_probabilities = continue_from(std::move(sequence));
-    return {name, budget, document_.name, evaluation::negative_log_likelihood(log_probabilities, next_tokens()), full_nll_,
-            evaluation::mean_kl(full_, log_probabilities, pool_), outcome};
+    return {name,           budget,
+            document_.name, evaluation::negative_log_likelihood(log_probabilities, next_tokens()),
+            full_nll_,      evaluation::mean_kl(full_, log_probabilities, pool_),
+            outcome};
   }
 
  private:
@@ -156,7 +170,8 @@ void print_table(const Settings& settings, const std::vector<Measured>& results,
   const int width = label_width(settings);
   std::printf("\n%zu documents, context %zu, continuation %zu, full-cache perplexity %.3f, prefill %.0f ms\n",
               settings.documents, settings.context, settings.continuation, std::exp(full_nll), prefill_ms);
-  std::printf("perplexity ratio to the full cache / mean KL divergence from it, by rows per head:\n\n%-*s", width, "method");
+  std::printf("perplexity ratio to the full cache / mean KL divergence from it, by rows per head:\n\n%-*s", width,
+              "method");
   for (const Index budget : settings.budgets) std::printf(" %15lld", static_cast<long long>(budget));
   std::printf("   score ms  compress ms  of prefill   MB kept (of)\n");
   for (const std::string& method : settings.methods) {
@@ -168,18 +183,29 @@ void print_table(const Settings& settings, const std::vector<Measured>& results,
       std::printf("   %.4f/%.4f", std::exp(last.log_ratio / last.count), last.kl / last.count);
     }
     std::printf("   %8.1f  %11.1f  %8.2f %%   %.2f (%.2f)\n", last.score_ms / last.count, last.compress_ms / last.count,
-                100.0 * (last.score_ms + last.compress_ms) / last.count / prefill_ms, last.bytes / last.count / 1e6, last.bytes_before / last.count / 1e6);
+                100.0 * (last.score_ms + last.compress_ms) / last.count / prefill_ms, last.bytes / last.count / 1e6,
+                last.bytes_before / last.count / 1e6);
   }
-  std::printf("\nscore, compress and MB: all layers, at the last budget; score contains the evidence gathered during prefill, which\n"
-              "prefill does not contain\n");
+  std::printf(
+      "\nscore, compress and MB: all layers, at the last budget; score contains the evidence gathered during prefill, "
+      "which\n"
+      "prefill does not contain\n");
 }
 
 nlohmann::json settings_json(const Settings& s) {
   std::vector<std::string> texts;
   for (const auto& text : s.texts) texts.push_back(text.filename().string());
-  return {{"model", s.model.filename().string()}, {"texts", texts}, {"context", s.context}, {"continue", s.continuation},
-          {"documents", s.documents}, {"budgets", s.budgets}, {"methods", s.methods}, {"seed", s.seed}, {"chunk", s.chunk},
-          {"threads", s.threads}, {"policy", s.options.to_json()}};
+  return {{"model", s.model.filename().string()},
+          {"texts", texts},
+          {"context", s.context},
+          {"continue", s.continuation},
+          {"documents", s.documents},
+          {"budgets", s.budgets},
+          {"methods", s.methods},
+          {"seed", s.seed},
+          {"chunk", s.chunk},
+          {"threads", s.threads},
+          {"policy", s.options.to_json()}};
 }
 
 int run(Settings& settings) {
@@ -210,17 +236,19 @@ int run(Settings& settings) {
     DocumentRun run(model, pool, settings, options, documents[d]);
     full_nll += run.full_nll() / static_cast<double>(documents.size());
     prefill_ms += run.prefill_ms() / static_cast<double>(documents.size());
-    per_document.push_back({{"document", documents[d].name}, {"full_perplexity", std::exp(run.full_nll())},
-                            {"prefill_ms", run.prefill_ms()}, {"observe_ms", run.observe_ms()}});
+    per_document.push_back({{"document", documents[d].name},
+                            {"full_perplexity", std::exp(run.full_nll())},
+                            {"prefill_ms", run.prefill_ms()},
+                            {"observe_ms", run.observe_ms()}});
     for (const evaluation::Method& method : methods) {
       for (const Index budget : settings.budgets) {
         const bool full = method.label == "full";
         if (full && budget != settings.budgets.front()) continue;
         results.push_back(run.measure(method, full ? static_cast<Index>(settings.context) : budget));
         const Measured& m = results.back();
-        std::fprintf(stderr, "  %-*s %5lld rows  perplexity %8.3f  ratio %.4f  KL %.4f\n",
-                     label_width(settings), method.label.c_str(),
-                     static_cast<long long>(m.budget), std::exp(m.nll), std::exp(m.nll - m.full_nll), m.kl);
+        std::fprintf(stderr, "  %-*s %5lld rows  perplexity %8.3f  ratio %.4f  KL %.4f\n", label_width(settings),
+                     method.label.c_str(), static_cast<long long>(m.budget), std::exp(m.nll),
+                     std::exp(m.nll - m.full_nll), m.kl);
       }
     }
   }
@@ -229,7 +257,8 @@ int run(Settings& settings) {
     auto list = nlohmann::json::array();
     for (const Measured& m : results) list.push_back(m.to_json());
     std::ofstream out(settings.json);
-    out << nlohmann::json{{"settings", settings_json(settings)}, {"documents", per_document}, {"results", list}}.dump(1) << "\n";
+    out << nlohmann::json{{"settings", settings_json(settings)}, {"documents", per_document}, {"results", list}}.dump(1)
+        << "\n";
     if (!out.flush()) throw std::runtime_error(settings.json.string() + ": cannot be written");
   }
   return 0;
@@ -240,15 +269,32 @@ int run(Settings& settings) {
 int main(int argc, char** argv) {
   Settings settings;
   CLI::App app("Perplexity, divergence, memory and time of KV-cache compression methods on a real model.");
-  app.add_option("--model", settings.model, "directory with config.json and model.safetensors")->required()->check(CLI::ExistingDirectory);
-  app.add_option("--text", settings.texts, "text file (byte models) or token file; may be given several times")->required()->check(CLI::ExistingFile);
-  app.add_option("--context", settings.context, "N, tokens read before compression")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--continue", settings.continuation, "M, tokens predicted after it")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--documents", settings.documents, "documents, dealt to the texts in turn")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--budgets", settings.budgets, "rows per head, comma-separated")->delimiter(',')->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--methods", settings.methods, "comma-separated; name@option=value@... sets an option for one of them")->delimiter(',')->capture_default_str();
+  app.add_option("--model", settings.model, "directory with config.json and model.safetensors")
+      ->required()
+      ->check(CLI::ExistingDirectory);
+  app.add_option("--text", settings.texts, "text file (byte models) or token file; may be given several times")
+      ->required()
+      ->check(CLI::ExistingFile);
+  app.add_option("--context", settings.context, "N, tokens read before compression")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--continue", settings.continuation, "M, tokens predicted after it")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--documents", settings.documents, "documents, dealt to the texts in turn")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--budgets", settings.budgets, "rows per head, comma-separated")
+      ->delimiter(',')
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--methods", settings.methods, "comma-separated; name@option=value@... sets an option for one of them")
+      ->delimiter(',')
+      ->capture_default_str();
   app.add_option("--seed", settings.seed, "chooses where documents start")->capture_default_str();
-  app.add_option("--chunk", settings.chunk, "tokens per forward pass")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--chunk", settings.chunk, "tokens per forward pass")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   app.add_option("--threads", settings.threads, "threads")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--json", settings.json, "where every figure and setting goes");
   add_policy_options(app, settings.options);

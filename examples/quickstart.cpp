@@ -1,9 +1,10 @@
 /// \file
 /// kvfold in one page: an engine's own tensors, compressed in place.
 
-#include <cstdio>
 #include <kvfold/kvfold.hpp>
 #include <kvfold/throwing.hpp>
+
+#include <cstdio>
 #include <random>
 #include <vector>
 
@@ -42,24 +43,27 @@ int main() {
 
   // [readme]
   // One layer of one sequence, where the engine keeps it: fp16, [token][head][dim].
-  kvfold::StridedView<kvfold::Float16> cache{
-      .layer = {.kv_heads = 8, .group_size = 4, .key_dim = 64, .value_dim = 64},
-      .keys = engine.keys.data(), .key_strides = kvfold::Strides::token_major(8, 64),
-      .values = engine.values.data(), .value_strides = kvfold::Strides::token_major(8, 64),
-      .rows = engine.rows,                                        // rows per head: shrinks
-      .log_masses = engine.bias, .log_mass_stride = 4096};        // what merged rows add to their logit
+  kvfold::StridedView<kvfold::Float16> cache{.layer = {.kv_heads = 8, .group_size = 4, .key_dim = 64, .value_dim = 64},
+                                             .keys = engine.keys.data(),
+                                             .key_strides = kvfold::Strides::token_major(8, 64),
+                                             .values = engine.values.data(),
+                                             .value_strides = kvfold::Strides::token_major(8, 64),
+                                             .rows = engine.rows,  // rows per head: shrinks
+                                             .log_masses = engine.bias,
+                                             .log_mass_stride = 4096};  // what merged rows add to their logit
 
   // What the last 32 queries of the prompt looked at decides what stays.
   const auto queries = kvfold::token_major_queries(engine.queries.data(), 32, 64, engine.query_positions);
 
-  const kvfold::Ems ems({.budget = {.rows = 512}});               // 512 of 4096 rows per head, on average
+  const kvfold::Ems ems({.budget = {.rows = 512}});  // 512 of 4096 rows per head, on average
   const kvfold::CompressionReport report = kvfold::or_throw(ems.compress(cache, queries));
   // [/readme]
 
   std::printf("rows   %lld -> %lld (%lld merged, %lld evicted)\n", static_cast<long long>(report.rows_before),
               static_cast<long long>(report.rows_kept), static_cast<long long>(report.rows_merged),
               static_cast<long long>(report.rows_evicted));
-  std::printf("bytes  %lld -> %lld\n", static_cast<long long>(report.bytes_before), static_cast<long long>(report.bytes_after));
+  std::printf("bytes  %lld -> %lld\n", static_cast<long long>(report.bytes_before),
+              static_cast<long long>(report.bytes_after));
   std::printf("kept rows hold %.1f %% of the score\n", 100.0 * static_cast<double>(report.kept_score_share));
   std::printf("rows per head:");
   for (const kvfold::Index rows : engine.rows) std::printf(" %lld", static_cast<long long>(rows));

@@ -95,9 +95,7 @@ struct HalfCache {
   HalfCache(const HalfCache&) = delete;
   HalfCache& operator=(const HalfCache&) = delete;
 
-  [[nodiscard]] std::uint16_t key(Index h, Index t, Index d) const {
-    return bits(keys, view.key_strides, h, t, d);
-  }
+  [[nodiscard]] std::uint16_t key(Index h, Index t, Index d) const { return bits(keys, view.key_strides, h, t, d); }
   [[nodiscard]] std::uint16_t value(Index h, Index t, Index d) const {
     return bits(values, view.value_strides, h, t, d);
   }
@@ -139,8 +137,7 @@ TEST_P(ApplyToLayout, KeptRowsMoveBitForBitInAscendingOrder) {
 TEST_P(ApplyToLayout, AMergedRowIsRewrittenAndTheOthersAreNot) {
   HandPlan plan({H, 2, D, E}, {T, T - 2});
   plan.head({1, 4, 5}, {{.slot = 1, .absorbed = 2, .log_mass = 0.5f}})
-      .head({0, 3},
-            {{.slot = 0, .absorbed = 1, .log_mass = 0.75f}, {.slot = 1, .absorbed = 1, .log_mass = 1.f}});
+      .head({0, 3}, {{.slot = 0, .absorbed = 1, .log_mass = 0.75f}, {.slot = 1, .absorbed = 1, .log_mass = 1.f}});
   plan.with_keys().with_masses();
   ASSERT_TRUE(apply(plan.get(), cache.view).ok());
   expect_moved(cache, 0, before, 1, 0);
@@ -270,10 +267,7 @@ TEST(Apply, APlanCannotBeAppliedTwice) {
 /// A plan that fits, to be spoilt one table at a time.
 HandPlan good_plan() {
   HandPlan plan({H, 2, D, E}, {T, T - 2});
-  plan.head({1, 4, 5}, {{.slot = 1, .absorbed = 2, .log_mass = 0.5f}})
-      .head({0, 3, 6})
-      .with_keys()
-      .with_masses();
+  plan.head({1, 4, 5}, {{.slot = 1, .absorbed = 2, .log_mass = 0.5f}}).head({0, 3, 6}).with_keys().with_masses();
   return plan;
 }
 
@@ -303,8 +297,7 @@ TEST(Apply, RefusesAPlanForAnotherCache) {
   expect_refused(size_mismatch, "plan", [](auto&, P& plan, auto&) { plan.shape.key_dim = 4; });
   expect_refused(size_mismatch, "plan", [](auto&, P& plan, auto&) { plan.shape.kv_heads = 1; });
   expect_refused(size_mismatch, "plan", [](auto&, P&, HalfCache& cache) { ++cache.rows[1]; });
-  expect_refused(size_mismatch, "plan",
-                 [](auto&, P& plan, auto&) { plan.source_rows = plan.source_rows.first(1); });
+  expect_refused(size_mismatch, "plan", [](auto&, P& plan, auto&) { plan.source_rows = plan.source_rows.first(1); });
   expect_refused(size_mismatch, "plan", [](auto&, P& plan, auto&) { plan = {}; });
 }
 
@@ -312,8 +305,7 @@ TEST(Apply, RefusesRowsThatAreNotAscendingAndInside) {
   using P = CompressionPlan;
   using enum StatusCode;
   expect_refused(invalid_argument, "plan", [](HandPlan& own, P&, auto&) { own.kept[2] = 4; });
-  expect_refused(invalid_argument, "plan",
-                 [](HandPlan& own, P&, auto&) { std::swap(own.kept[0], own.kept[1]); });
+  expect_refused(invalid_argument, "plan", [](HandPlan& own, P&, auto&) { std::swap(own.kept[0], own.kept[1]); });
   expect_refused(invalid_argument, "plan", [](HandPlan& own, P&, auto&) { own.kept[0] = -1; });
   expect_refused(invalid_argument, "plan", [](HandPlan& own, P&, auto&) { own.kept[5] = T - 2; });
   expect_refused(invalid_argument, "plan", [](HandPlan& own, P&, auto&) { own.merged[0].slot = 3; });
@@ -327,8 +319,7 @@ TEST(Apply, RefusesTablesThatDoNotFitTogether) {
   expect_refused(invalid_argument, "plan", [](auto&, P& plan, auto&) { plan.merged = {}; });
   expect_refused(invalid_argument, "plan",
                  [](auto&, P& plan, auto&) { plan.merged_values = plan.merged_values.first(2); });
-  expect_refused(invalid_argument, "plan",
-                 [](auto&, P& plan, auto&) { plan.merged_keys = plan.merged_keys.first(4); });
+  expect_refused(invalid_argument, "plan", [](auto&, P& plan, auto&) { plan.merged_keys = plan.merged_keys.first(4); });
   expect_refused(invalid_argument, "plan", [](HandPlan& own, P&, auto&) { own.kept_offset[0] = 1; });
   expect_refused(invalid_argument, "plan", [](HandPlan& own, P&, auto&) { own.kept_offset[1] = 7; });
   expect_refused(invalid_argument, "plan", [](HandPlan& own, P&, auto&) { own.kept_offset[1] = -1; });

@@ -46,8 +46,8 @@ TEST_P(AttendSweep, IsSoftmaxAttentionOverTheRowsOfEachHead) {
       const LayerShape shape{3, group, key_dim, value_dim};
       const auto cache = ragged_cache(shape, rows);
       for (const Index count : {Index{1}, std::min<Index>(rows, 5), std::min<Index>(rows, 70)}) {
-        SCOPED_TRACE(testing::Message() << "G " << group << ", D " << key_dim << ", E " << value_dim << ", "
-                                        << count << " queries");
+        SCOPED_TRACE(testing::Message() << "G " << group << ", D " << key_dim << ", E " << value_dim << ", " << count
+                                        << " queries");
         expect_oracle(cache, make_queries(shape, count, rows).view());
       }
     }
@@ -71,11 +71,10 @@ TEST(Attend, ReadsEveryLayout) {
   std::vector<Index> rows{T, 77};
   const LayerShape shape{H, 3, D, E};
   const auto queries = make_queries(shape, 6, T);
-  const std::pair<Strides, Strides> layouts[] = {
-      {Strides::head_major(capacity, D), Strides::head_major(capacity, E)},
-      {Strides::token_major(H, D), Strides::token_major(H, E)},
-      {Strides::head_major(capacity, D), Strides::transposed(capacity, E)},
-      {Strides::transposed(capacity, D), Strides::token_major(H, E)}};
+  const std::pair<Strides, Strides> layouts[] = {{Strides::head_major(capacity, D), Strides::head_major(capacity, E)},
+                                                 {Strides::token_major(H, D), Strides::token_major(H, E)},
+                                                 {Strides::head_major(capacity, D), Strides::transposed(capacity, E)},
+                                                 {Strides::transposed(capacity, D), Strides::token_major(H, E)}};
   for (const auto& [key_strides, value_strides] : layouts) {
     expect_oracle(StridedView<const float>{.layer = shape,
                                            .keys = keys.data(),
@@ -123,8 +122,7 @@ TEST(Attend, RowsAtOnePositionAreSeenTogether) {
   const auto data = normals(4 * 6, random);
   const std::vector<Position> positions{3, 3, 3, 7};
   ASSERT_TRUE(
-      cache.append(data.data(), Strides::head_major(4, 6), data.data(), Strides::head_major(4, 6), positions)
-          .ok());
+      cache.append(data.data(), Strides::head_major(4, 6), data.data(), Strides::head_major(4, 6), positions).ok());
   expect_oracle(cache, make_queries(shape, 5, 8).view());
 }
 
@@ -139,8 +137,7 @@ TEST(Attend, ALogMassOfLogNWeighsAsMuchAsNEqualRows) {
   merged.resize(0, 3);
   merged.write_log_mass(0, 2, std::log(4.f));
   const auto queries = make_queries(shape, 2, 8);
-  EXPECT_LT(relative_error(run_attend(merged, queries.view()).out, run_attend(repeated, queries.view()).out),
-            1e-6);
+  EXPECT_LT(relative_error(run_attend(merged, queries.view()).out, run_attend(repeated, queries.view()).out), 1e-6);
 }
 
 // --- Numbers at the edge ---------------------------------------------------------------------------------------
@@ -263,8 +260,7 @@ TEST(Attend, NamesABadArgumentAndWritesNothing) {
   refused(invalid_argument, "queries", [](Call& c) { c.queries.scale = -1.f; });
   refused(size_mismatch, "queries", [](Call& c) { c.queries.query_heads = 2; });
   refused(size_mismatch, "queries", [](Call& c) { c.queries.dim = 6; });
-  refused(invalid_argument, "queries",
-          [](Call& c) { std::swap(c.owned.positions[0], c.owned.positions[2]); });
+  refused(invalid_argument, "queries", [](Call& c) { std::swap(c.owned.positions[0], c.owned.positions[2]); });
   refused(invalid_argument, "queries", [](Call& c) { c.owned.positions[0] = -1; });  // before every row
   refused(invalid_argument, "out", [](Call& c) { c.out.data = nullptr; });
   refused(invalid_argument, "out", [](Call& c) { c.out.row_stride = 5; });

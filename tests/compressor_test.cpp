@@ -44,8 +44,7 @@ Method with_budget(Index rows) {
 /// Rows that the method keeps whatever happens, while the budget holds them.
 template <class Method>
 Protect always_kept(Index budget) {
-  if constexpr (std::is_same_v<Method, Ems> || std::is_same_v<Method, EmsEvict>)
-    return {.sinks = 4, .recent = 8};
+  if constexpr (std::is_same_v<Method, Ems> || std::is_same_v<Method, EmsEvict>) return {.sinks = 4, .recent = 8};
   if constexpr (std::is_same_v<Method, StreamingLlm>) return {.sinks = 4, .recent = budget - 4};
   if constexpr (std::is_same_v<Method, H2o>) return {.recent = budget / 2};
   if constexpr (std::is_same_v<Method, SnapKv>) return {.recent = kWindow};
@@ -153,11 +152,8 @@ TYPED_TEST(EveryMethod, PlansTheSameBitsForEveryExecutor) {
 TYPED_TEST(EveryMethod, PlansTheSameAgainInAUsedWorkspace) {
   const auto method = with_budget<TypeParam>(30);
   SerialExecutor executor;
-  std::vector<std::byte> memory(method.workspace_bytes(this->cache, this->queries.view(), 1).value(),
-                                std::byte{0xff});
-  const auto run = [&] {
-    return plan_bits(method.plan(this->cache, this->queries.view(), memory, executor).value());
-  };
+  std::vector<std::byte> memory(method.workspace_bytes(this->cache, this->queries.view(), 1).value(), std::byte{0xff});
+  const auto run = [&] { return plan_bits(method.plan(this->cache, this->queries.view(), memory, executor).value()); };
   const auto first = run();
   EXPECT_EQ(run(), first);
 }
@@ -243,11 +239,10 @@ struct Dense {
   Dense& operator=(const Dense&) = delete;
 };
 
-const std::pair<Strides, Strides> kLayouts[] = {
-    {Strides::head_major(kRows, 16), Strides::head_major(kRows, 12)},
-    {Strides::token_major(3, 16), Strides::token_major(3, 12)},
-    {Strides::head_major(kRows, 16), Strides::transposed(kRows, 12)},
-    {Strides::transposed(kRows, 16), Strides::transposed(kRows, 12)}};
+const std::pair<Strides, Strides> kLayouts[] = {{Strides::head_major(kRows, 16), Strides::head_major(kRows, 12)},
+                                                {Strides::token_major(3, 16), Strides::token_major(3, 12)},
+                                                {Strides::head_major(kRows, 16), Strides::transposed(kRows, 12)},
+                                                {Strides::transposed(kRows, 16), Strides::transposed(kRows, 12)}};
 
 TYPED_TEST(EveryMethod, PlansTheSameBitsForEveryLayout) {
   const auto method = with_budget<TypeParam>(30);
@@ -288,8 +283,7 @@ TEST(Compressor, PlansTheSameBitsForEigenMatrices) {
       values.emplace_back(dense->values.data() + h * v.head, kRows, 12, Eigen::OuterStride<>(v.token));
     }
     const EigenView view{.group_size = 2, .keys = keys, .values = values, .rows = dense->rows};
-    const Ems merging(
-        {.score = kGlobalLocal, .budget = {.rows = 30}, .reduce = {.mass_mode = MassMode::none}});
+    const Ems merging({.score = kGlobalLocal, .budget = {.rows = 30}, .reduce = {.mass_mode = MassMode::none}});
     EXPECT_EQ(plan_bits(plan_of(merging, view, queries.view()).plan.value()),
               plan_bits(plan_of(merging, cache, queries.view()).plan.value()));
     const auto evicting = with_budget<EmsEvict>(30);
@@ -304,8 +298,7 @@ TEST(Compressor, GivesEqualCountsToStorageThatHasOneCountPerLayer) {
   Dense dense(cache, kLayouts[0].first, kLayouts[0].second);
   const auto method = with_budget<Ems>(30);
   const auto ragged = plan_of(method, dense.view, queries.view());
-  ASSERT_NE(ragged.plan->kept_rows(0).size(), ragged.plan->kept_rows(1).size())
-      << "heads differ where they may";
+  ASSERT_NE(ragged.plan->kept_rows(0).size(), ragged.plan->kept_rows(1).size()) << "heads differ where they may";
   dense.view.counts = RowCounts::per_layer;
   ASSERT_TRUE(method.compress(dense.view, queries.view()).ok());
   EXPECT_EQ(dense.rows, std::vector<Index>(3, 30));
@@ -325,8 +318,7 @@ TEST(Compressor, StreamingLlmKeepsTheFirstRowsAndTheLast) {
 TEST(Compressor, TovaKeepsTheSameRowsInEveryHead) {
   const auto cache = make_cache(kShape, kRows);
   const auto owned = plan_of(with_budget<Tova>(20), cache, make_queries(kShape, 1, kRows).view());
-  for (Index h = 1; h < kShape.kv_heads; ++h)
-    EXPECT_EQ(kept_of(owned.plan.value(), h), kept_of(owned.plan.value(), 0));
+  for (Index h = 1; h < kShape.kv_heads; ++h) EXPECT_EQ(kept_of(owned.plan.value(), h), kept_of(owned.plan.value(), 0));
 }
 
 TEST(Compressor, EmsGivesMoreRowsToHeadsWhoseAttentionIsSpread) {
@@ -450,8 +442,7 @@ struct ValueNormScorer {
     void* at = memory.data();
     std::size_t space = memory.size();
     const std::size_t bytes = static_cast<std::size_t>(view.shape().value_dim) * sizeof(float);
-    const std::span row(static_cast<float*>(std::align(alignof(float), bytes, at, space)),
-                        bytes / sizeof(float));
+    const std::span row(static_cast<float*>(std::align(alignof(float), bytes, at, space)), bytes / sizeof(float));
     for (Index h = 0; h < table.heads(); ++h) {
       for (Index t = 0; t < table.rows(h); ++t) {
         view.read_values(h, t, 1, row);
@@ -494,8 +485,7 @@ TEST(Compressor, TakesAScorerAndABudgetOfOnesOwn) {
 
 struct NanScorer : ValueNormScorer {
   template <KVCacheView V, class E, Executor X>
-  static Status score(const V& view, const E& evidence, ScoreTable table, Workspace memory,
-                      X& executor) noexcept {
+  static Status score(const V& view, const E& evidence, ScoreTable table, Workspace memory, X& executor) noexcept {
     const Status status = ValueNormScorer::score(view, evidence, table, memory, executor);
     table.score.back() = std::numeric_limits<float>::quiet_NaN();
     return status;
@@ -520,10 +510,9 @@ TEST(Compressor, CompressingAgainAddsMassesAndKeepsThePositionsOfTheSequence) {
   Random random(77);
   const auto keys = normals(3 * more * 16, random), values = normals(3 * more * 12, random);
   const auto positions = positions_from(kRows, more);  // N goes on, whatever the cache holds
-  ASSERT_TRUE(cache
-                  .append(keys.data(), Strides::head_major(more, 16), values.data(),
-                          Strides::head_major(more, 12), positions)
-                  .ok());
+  ASSERT_TRUE(
+      cache.append(keys.data(), Strides::head_major(more, 16), values.data(), Strides::head_major(more, 12), positions)
+          .ok());
 
   const auto before = cache.clone().value();
   const auto queries = make_queries(kShape, more, N, 5);
@@ -544,8 +533,7 @@ TEST(Compressor, CompressingAgainAddsMassesAndKeepsThePositionsOfTheSequence) {
       EXPECT_NEAR(std::exp(static_cast<double>(cache.log_mass(h, slot))), stands_for[ix(slot)], 1e-4);
     }
   }
-  EXPECT_LT(relative_error(run_attend(cache, queries.view()).out, attend_oracle(cache, queries.view()).out),
-            1e-5);
+  EXPECT_LT(relative_error(run_attend(cache, queries.view()).out, attend_oracle(cache, queries.view()).out), 1e-5);
 }
 
 // --- What it is good for ---------------------------------------------------------------------------------------
@@ -610,8 +598,8 @@ TEST_P(RepeatedRows, MergedComeCloserToTheFullOutputThanEvicted) {
 
 // A candidate per kept row is enough where the budget is roomy; where it is tight, more rows must find a home.
 INSTANTIATE_TEST_SUITE_P(Budgets, RepeatedRows,
-                         testing::Values(Repetition{12, 80, 1.f}, Repetition{24, 80, 1.f},
-                                         Repetition{12, 40, 4.f}, Repetition{24, 40, 4.f}));
+                         testing::Values(Repetition{12, 80, 1.f}, Repetition{24, 80, 1.f}, Repetition{12, 40, 4.f},
+                                         Repetition{24, 40, 4.f}));
 
 }  // namespace
 }  // namespace kvfold::test

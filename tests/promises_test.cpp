@@ -34,10 +34,8 @@ bool same_bytes(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
-void expect_status(const Status& status, StatusCode code, std::string_view argument,
-                   std::string_view what = "") {
-  EXPECT_EQ(to_string(status.code()), to_string(code))
-      << what << ": " << status.argument() << ": " << status.detail();
+void expect_status(const Status& status, StatusCode code, std::string_view argument, std::string_view what = "") {
+  EXPECT_EQ(to_string(status.code()), to_string(code)) << what << ": " << status.argument() << ": " << status.detail();
   EXPECT_EQ(status.argument(), argument) << what << ": " << status.detail();
 }
 
@@ -164,8 +162,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadInput{"TooManyHeads", kInvalid, "view", [](Call& c) { c.engine.shape.kv_heads = kMaxHeads + 1; }},
         BadInput{"EmptyGroup", kInvalid, "view", [](Call& c) { c.engine.shape.group_size = 0; }},
         BadInput{"GroupTooLarge", kInvalid, "view", [](Call& c) { c.engine.shape.group_size = INT64_MAX; }},
-        BadInput{"TooManyQueryHeads", kInvalid, "view",
-                 [](Call& c) { c.engine.shape.group_size = kMaxHeads; }},
+        BadInput{"TooManyQueryHeads", kInvalid, "view", [](Call& c) { c.engine.shape.group_size = kMaxHeads; }},
         BadInput{"KeysWithoutWidth", kInvalid, "view", [](Call& c) { c.engine.shape.key_dim = 0; }},
         BadInput{"ValuesWithoutWidth", kInvalid, "view", [](Call& c) { c.engine.shape.value_dim = 0; }},
         BadInput{"KeysTooWide", kInvalid, "view", [](Call& c) { c.engine.shape.key_dim = kMaxWidth + 1; }},
@@ -187,18 +184,14 @@ INSTANTIATE_TEST_SUITE_P(
         BadInput{"BudgetZero", kInvalid, "budget", [](Call& c) { c.options.budget.rows = 0; }},
         BadInput{"BudgetNegative", kInvalid, "budget", [](Call& c) { c.options.budget.rows = -7; }},
         BadInput{"BudgetTooLarge", kInvalid, "budget", [](Call& c) { c.options.budget.rows = kMaxRows + 1; }},
-        BadInput{"FloorAboveOne", kInvalid, "floor_share",
-                 [](Call& c) { c.options.budget.floor_share = 1.5f; }},
+        BadInput{"FloorAboveOne", kInvalid, "floor_share", [](Call& c) { c.options.budget.floor_share = 1.5f; }},
         BadInput{"FloorNan", kInvalid, "floor_share", [](Call& c) { c.options.budget.floor_share = kNan; }},
         BadInput{"WindowZero", kInvalid, "window", [](Call& c) { c.options.score.window = 0; }},
-        BadInput{"WindowTooLarge", kInvalid, "window",
-                 [](Call& c) { c.options.score.window = kMaxRows + 1; }},
+        BadInput{"WindowTooLarge", kInvalid, "window", [](Call& c) { c.options.score.window = kMaxRows + 1; }},
         BadInput{"StrideZero", kInvalid, "query_stride", [](Call& c) { c.options.score.query_stride = 0; }},
         BadInput{"SinksNegative", kInvalid, "sinks", [](Call& c) { c.options.score.protect.sinks = -1; }},
-        BadInput{"RecentTooMany", kInvalid, "recent",
-                 [](Call& c) { c.options.score.protect.recent = INT64_MAX; }},
-        BadInput{"SpanWeightNegative", kInvalid, "span_weight",
-                 [](Call& c) { c.options.score.span_weight = -1.f; }},
+        BadInput{"RecentTooMany", kInvalid, "recent", [](Call& c) { c.options.score.protect.recent = INT64_MAX; }},
+        BadInput{"SpanWeightNegative", kInvalid, "span_weight", [](Call& c) { c.options.score.span_weight = -1.f; }},
         BadInput{"SpanWeightInfinite", kInvalid, "span_weight",
                  [](Call& c) { c.options.score.span_weight = kInfinity; }},
         BadInput{"SpanWidthEven", kInvalid, "span_width", [](Call& c) { c.options.score.span_width = 4; }},
@@ -225,8 +218,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadInput{"KeyNanInTheFirstRow", kNotFinite, "keys", [](Call& c) { c.engine.key(0, 0) = kNan; }},
         BadInput{"KeyNanInALaterTile", kNotFinite, "keys", [](Call& c) { c.engine.key(1, 130) = kNan; }},
         BadInput{"ValueNan", kNotFinite, "values", [](Call& c) { c.engine.value(1, 197, 5) = kNan; }},
-        BadInput{"ValueInfinite", kNotFinite, "values",
-                 [](Call& c) { c.engine.value(1, 197, 5) = kInfinity; }},
+        BadInput{"ValueInfinite", kNotFinite, "values", [](Call& c) { c.engine.value(1, 197, 5) = kInfinity; }},
         BadInput{"QueryNan", kNotFinite, "queries", [](Call& c) { c.owned.data[500] = kNan; }},
         BadInput{"QueryInfinite", kNotFinite, "queries", [](Call& c) { c.owned.data[500] = kInfinity; }},
         BadInput{"LastQueryNan", kNotFinite, "queries", [](Call& c) { c.owned.data.back() = kNan; }},
@@ -236,82 +228,75 @@ INSTANTIATE_TEST_SUITE_P(
                    for (float& x : c.owned.data) x *= 1e20f;
                  }},
         BadInput{"LogMassNan", kNotFinite, "log_mass", [](Call& c) { c.engine.log_masses[300] = kNan; }},
-        BadInput{"LogMassInfinite", kNotFinite, "log_mass",
-                 [](Call& c) { c.engine.log_masses[300] = kInfinity; }}),
+        BadInput{"LogMassInfinite", kNotFinite, "log_mass", [](Call& c) { c.engine.log_masses[300] = kInfinity; }}),
     name_of);
 
 INSTANTIATE_TEST_SUITE_P(
     Queries, BadInputTest,
-    testing::Values(
-        BadInput{"NullData", kInvalid, "queries", [](Call& c) { c.queries.data = nullptr; }},
-        BadInput{"NoRows", kInvalid, "queries", [](Call& c) { c.queries.positions = {}; }},
-        BadInput{"OtherHeads", kMismatch, "queries", [](Call& c) { c.queries.query_heads = 2; }},
-        BadInput{"OtherWidth", kMismatch, "queries", [](Call& c) { c.queries.dim = 6; }},
-        BadInput{"UnsortedQueryPositions", kInvalid, "queries", [](Call& c) { c.owned.positions[5] = 0; }},
-        BadInput{"ScaleNan", kInvalid, "queries", [](Call& c) { c.queries.scale = kNan; }},
-        BadInput{"ScaleNegative", kInvalid, "queries", [](Call& c) { c.queries.scale = -1.f; }},
-        BadInput{"OverlappingRows", kInvalid, "queries", [](Call& c) { c.queries.row_stride = 7; }},
-        BadInput{"NegativeHeadStride", kInvalid, "queries", [](Call& c) { c.queries.head_stride = -1; }},
-        BadInput{"LogSumExpOfOtherSize", kMismatch, "queries",
-                 [](Call& c) { c.queries.log_sum_exp = std::span(c.log_sum_exp).first(10); }},
-        BadInput{"LogSumExpNan", kNotFinite, "queries",
-                 [](Call& c) {
-                   c.log_sum_exp[7] = kNan;
-                   c.queries.log_sum_exp = c.log_sum_exp;
-                 }},
-        BadInput{"LogSumExpOfSomethingElse", kInvalid, "queries",
-                 [](Call& c) {
-                   c.log_sum_exp[7] = -100.f;
-                   c.queries.log_sum_exp = c.log_sum_exp;
-                 }}),
+    testing::Values(BadInput{"NullData", kInvalid, "queries", [](Call& c) { c.queries.data = nullptr; }},
+                    BadInput{"NoRows", kInvalid, "queries", [](Call& c) { c.queries.positions = {}; }},
+                    BadInput{"OtherHeads", kMismatch, "queries", [](Call& c) { c.queries.query_heads = 2; }},
+                    BadInput{"OtherWidth", kMismatch, "queries", [](Call& c) { c.queries.dim = 6; }},
+                    BadInput{"UnsortedQueryPositions", kInvalid, "queries", [](Call& c) { c.owned.positions[5] = 0; }},
+                    BadInput{"ScaleNan", kInvalid, "queries", [](Call& c) { c.queries.scale = kNan; }},
+                    BadInput{"ScaleNegative", kInvalid, "queries", [](Call& c) { c.queries.scale = -1.f; }},
+                    BadInput{"OverlappingRows", kInvalid, "queries", [](Call& c) { c.queries.row_stride = 7; }},
+                    BadInput{"NegativeHeadStride", kInvalid, "queries", [](Call& c) { c.queries.head_stride = -1; }},
+                    BadInput{"LogSumExpOfOtherSize", kMismatch, "queries",
+                             [](Call& c) { c.queries.log_sum_exp = std::span(c.log_sum_exp).first(10); }},
+                    BadInput{"LogSumExpNan", kNotFinite, "queries",
+                             [](Call& c) {
+                               c.log_sum_exp[7] = kNan;
+                               c.queries.log_sum_exp = c.log_sum_exp;
+                             }},
+                    BadInput{"LogSumExpOfSomethingElse", kInvalid, "queries",
+                             [](Call& c) {
+                               c.log_sum_exp[7] = -100.f;
+                               c.queries.log_sum_exp = c.log_sum_exp;
+                             }}),
     name_of);
 
 INSTANTIATE_TEST_SUITE_P(
     Capabilities, BadInputTest,
-    testing::Values(BadInput{"NoPlaceForLogMasses", kUnsupported, "view",
-                             [](Call& c) { c.engine.log_masses.clear(); }},
-                    BadInput{"RotationUnknownForRotatedKeys", kUnsupported, "view",
-                             [](Call& c) { c.options.reduce.key_mode = KeyMode::rotated; }},
-                    BadInput{"RotationUnknownForUnrotatedComparison", kUnsupported, "view",
-                             [](Call& c) {
-                               c.options.reduce.assigner.key_space = ZeroClassBatcher::KeySpace::unrotated;
-                             }},
-                    BadInput{"RotationOfOddWidth", kInvalid, "view",
-                             [](Call& c) {
-                               c.options.reduce.key_mode = KeyMode::rotated;
-                               c.engine.rope = {.kind = RopeKind::half_split, .rotary_dim = 5};
-                             }},
-                    BadInput{"RotationWiderThanKeys", kInvalid, "view",
-                             [](Call& c) {
-                               c.options.reduce.key_mode = KeyMode::rotated;
-                               c.engine.rope = {.kind = RopeKind::adjacent, .rotary_dim = 10};
-                             }},
-                    BadInput{"RotationWithoutBase", kInvalid, "view",
-                             [](Call& c) {
-                               c.options.reduce.key_mode = KeyMode::rotated;
-                               c.engine.rope = {.kind = RopeKind::half_split, .theta = 0.0};
-                             }},
-                    BadInput{"FrequenciesOfOtherSize", kMismatch, "view",
-                             [](Call& c) {
-                               c.options.reduce.key_mode = KeyMode::rotated;
-                               c.engine.rope = {.kind = RopeKind::half_split,
-                                                .inv_freq = std::span(c.log_sum_exp).first(3)};
-                             }},
-                    BadInput{"FrequenciesNan", kNotFinite, "view",
-                             [](Call& c) {
-                               c.options.reduce.key_mode = KeyMode::rotated;
-                               c.log_sum_exp[2] = kNan;
-                               c.engine.rope = {.kind = RopeKind::half_split,
-                                                .inv_freq = std::span(c.log_sum_exp).first(4)};
-                             }}),
+    testing::Values(
+        BadInput{"NoPlaceForLogMasses", kUnsupported, "view", [](Call& c) { c.engine.log_masses.clear(); }},
+        BadInput{"RotationUnknownForRotatedKeys", kUnsupported, "view",
+                 [](Call& c) { c.options.reduce.key_mode = KeyMode::rotated; }},
+        BadInput{"RotationUnknownForUnrotatedComparison", kUnsupported, "view",
+                 [](Call& c) { c.options.reduce.assigner.key_space = ZeroClassBatcher::KeySpace::unrotated; }},
+        BadInput{"RotationOfOddWidth", kInvalid, "view",
+                 [](Call& c) {
+                   c.options.reduce.key_mode = KeyMode::rotated;
+                   c.engine.rope = {.kind = RopeKind::half_split, .rotary_dim = 5};
+                 }},
+        BadInput{"RotationWiderThanKeys", kInvalid, "view",
+                 [](Call& c) {
+                   c.options.reduce.key_mode = KeyMode::rotated;
+                   c.engine.rope = {.kind = RopeKind::adjacent, .rotary_dim = 10};
+                 }},
+        BadInput{"RotationWithoutBase", kInvalid, "view",
+                 [](Call& c) {
+                   c.options.reduce.key_mode = KeyMode::rotated;
+                   c.engine.rope = {.kind = RopeKind::half_split, .theta = 0.0};
+                 }},
+        BadInput{"FrequenciesOfOtherSize", kMismatch, "view",
+                 [](Call& c) {
+                   c.options.reduce.key_mode = KeyMode::rotated;
+                   c.engine.rope = {.kind = RopeKind::half_split, .inv_freq = std::span(c.log_sum_exp).first(3)};
+                 }},
+        BadInput{"FrequenciesNan", kNotFinite, "view",
+                 [](Call& c) {
+                   c.options.reduce.key_mode = KeyMode::rotated;
+                   c.log_sum_exp[2] = kNan;
+                   c.engine.rope = {.kind = RopeKind::half_split, .inv_freq = std::span(c.log_sum_exp).first(4)};
+                 }}),
     name_of);
 
 TEST(BadRows, AreNamedByHeadAndRow) {
   Call call;
   call.engine.positions[250] = 3;
   std::vector<std::byte> workspace(1u << 20);
-  const Status status =
-      Ems(call.options).plan(call.engine.view(), call.queries, workspace, call.executor).status();
+  const Status status = Ems(call.options).plan(call.engine.view(), call.queries, workspace, call.executor).status();
   EXPECT_EQ(status.head(), 1);
   EXPECT_EQ(status.row(), 50);
 }
@@ -325,8 +310,7 @@ TEST(BadRows, OverflowWithinALogitIsNoticedInAnyQueryHead) {
     query[0] = 1e30f;
     query[1] = -1e30f;
     std::vector<std::byte> workspace(4u << 20);
-    const Status status =
-        Ems(call.options).plan(call.engine.view(), call.queries, workspace, call.executor).status();
+    const Status status = Ems(call.options).plan(call.engine.view(), call.queries, workspace, call.executor).status();
     expect_status(status, kNotFinite, "keys", std::to_string(query_head));
   }
 }
@@ -337,8 +321,7 @@ TEST(BadRows, MethodsThatLookAtNoContentsMoveThemAsTheyAre) {
   call.engine.value(0, 0, 2) = kInfinity;
   const Engine before = call.engine;
   auto view = call.engine.view();
-  ASSERT_TRUE(
-      StreamingLlm({.score = {.sinks = 4}, .budget = {.rows = 20}}).compress(view, NoEvidence{}).ok());
+  ASSERT_TRUE(StreamingLlm({.score = {.sinks = 4}, .budget = {.rows = 20}}).compress(view, NoEvidence{}).ok());
   ASSERT_EQ(call.engine.rows, (std::vector<Index>{20, 20}));
   Engine expected = before;
   for (Index h = 0; h < 2; ++h) {
@@ -357,12 +340,8 @@ TEST(BadRows, MethodsThatLookAtNoContentsMoveThemAsTheyAre) {
 struct Columns {
   std::vector<Index> offset{0, 200, 400};
   std::vector<float> global = std::vector<float>(800, 1.f), local = std::vector<float>(800, 0.5f);
-  ColumnSums sums{.detail = ColumnDetail::query_head,
-                  .offset = offset,
-                  .global = global,
-                  .local = local,
-                  .seen = {},
-                  .window = 16};
+  ColumnSums sums{
+      .detail = ColumnDetail::query_head, .offset = offset, .global = global, .local = local, .seen = {}, .window = 16};
 };
 
 template <class Evidence>
@@ -688,8 +667,7 @@ TEST(BadAccumulators, AreNotMade) {
 class AccumulatorTest : public testing::Test {
  protected:
   AccumulatorTest()
-      : accumulator_(GlobalLocalAccumulator::create(call_.engine.shape, call_.engine.capacity, {.window = 16})
-                         .value()),
+      : accumulator_(GlobalLocalAccumulator::create(call_.engine.shape, call_.engine.capacity, {.window = 16}).value()),
         workspace_(4u << 20) {}
 
   Status observe(const QueryRows& queries) {
@@ -757,19 +735,16 @@ TEST_F(AccumulatorTest, RefusesExecutorsWithoutWorkers) {
   const auto more = test::make_queries(call_.engine.shape, 3, call_.engine.capacity + 3, 9);
   call_.executor.workers = 0;
   expect_status(observe(more.view()), kInvalid, "executor");
-  expect_status(accumulator_.summarize(call_.engine.view(), workspace_, call_.executor).status(), kInvalid,
-                "executor");
+  expect_status(accumulator_.summarize(call_.engine.view(), workspace_, call_.executor).status(), kInvalid, "executor");
 }
 
 TEST_F(AccumulatorTest, RefusesCachesWithMoreRowsThanItWasMadeFor) {
-  accumulator_ =
-      GlobalLocalAccumulator::create(call_.engine.shape, call_.engine.capacity - 1, {.window = 16}).value();
+  accumulator_ = GlobalLocalAccumulator::create(call_.engine.shape, call_.engine.capacity - 1, {.window = 16}).value();
   expect_status(observe(call_.queries), kMismatch, "view");
 }
 
 TEST_F(AccumulatorTest, HasNothingToSummarizeBeforeItHasObserved) {
-  expect_status(accumulator_.summarize(call_.engine.view(), workspace_, call_.executor).status(), kInvalid,
-                "evidence");
+  expect_status(accumulator_.summarize(call_.engine.view(), workspace_, call_.executor).status(), kInvalid, "evidence");
 }
 
 // --- Workspaces -------------------------------------------------------------------------------------------------------
@@ -787,8 +762,7 @@ class GuardedWorkspace {
   [[nodiscard]] bool guards_untouched() const {
     const auto is_guard = [](std::byte b) { return b == kGuardByte; };
     return std::all_of(memory_.begin(), memory_.begin() + static_cast<std::ptrdiff_t>(start_), is_guard) &&
-           std::all_of(memory_.begin() + static_cast<std::ptrdiff_t>(start_ + bytes_), memory_.end(),
-                       is_guard);
+           std::all_of(memory_.begin() + static_cast<std::ptrdiff_t>(start_ + bytes_), memory_.end(), is_guard);
   }
 
  private:
@@ -864,17 +838,16 @@ TEST(WorkspaceTest, OfTheSizeAskedForIsEnoughForAnyShapeAndOptions) {
         .group = random.below(2) == 0 ? GroupReduction::max : GroupReduction::mean,
         .query_stride = 1 + random.below(3),
         .local_pool = {random.below(2) == 0 ? PoolKind::none : PoolKind::average, 3}};
-    expect_workspace_is_exact(
-        Ems({.score = score,
-             .budget = {.rows = budget, .floor_share = static_cast<float>(random.uniform())},
-             .reduce = {.gamma = static_cast<float>(4.0 * random.uniform()),
-                        .candidate_mass_share = random.below(2) == 0 ? 0.f : 0.9f,
-                        .key_mode = static_cast<KeyMode>(random.below(3)),
-                        .mass_mode = static_cast<MassMode>(random.below(3)),
-                        .sinks_absorb = random.below(2) == 0,
-                        .recent_absorb = random.below(2) == 0,
-                        .assigner = {.tau = static_cast<float>(random.uniform())}}}),
-        engine, owned.view(), workers, misalignment);
+    expect_workspace_is_exact(Ems({.score = score,
+                                   .budget = {.rows = budget, .floor_share = static_cast<float>(random.uniform())},
+                                   .reduce = {.gamma = static_cast<float>(4.0 * random.uniform()),
+                                              .candidate_mass_share = random.below(2) == 0 ? 0.f : 0.9f,
+                                              .key_mode = static_cast<KeyMode>(random.below(3)),
+                                              .mass_mode = static_cast<MassMode>(random.below(3)),
+                                              .sinks_absorb = random.below(2) == 0,
+                                              .recent_absorb = random.below(2) == 0,
+                                              .assigner = {.tau = static_cast<float>(random.uniform())}}}),
+                              engine, owned.view(), workers, misalignment);
     expect_workspace_is_exact(EmsEvict({.score = score, .budget = {.rows = budget}, .reduce = {}}), engine,
                               owned.view(), workers, misalignment);
     expect_workspace_is_exact(H2o({.score = {.recent = 3}, .budget = {.rows = budget}, .reduce = {}}), engine,
@@ -912,15 +885,13 @@ TEST(WorkspaceTest, OfAttendIsExactToo) {
     const Boasting executor{workers};
     for (const std::size_t misalignment : {0u, 1u, 63u}) {
       GuardedWorkspace enough(bytes, misalignment, 0xff);
-      EXPECT_TRUE(
-          attend(call.engine.view(), call.queries, {out.data(), 240, 6}, enough.get(), executor).ok());
+      EXPECT_TRUE(attend(call.engine.view(), call.queries, {out.data(), 240, 6}, enough.get(), executor).ok());
       EXPECT_TRUE(enough.guards_untouched());
       EXPECT_TRUE(std::all_of(out.begin(), out.end(), [](float x) { return std::isfinite(x); }));
     }
     GuardedWorkspace too_small(bytes - 65, 0, 0xff);
-    EXPECT_EQ(
-        attend(call.engine.view(), call.queries, {out.data(), 240, 6}, too_small.get(), executor).code(),
-        StatusCode::workspace_too_small);
+    EXPECT_EQ(attend(call.engine.view(), call.queries, {out.data(), 240, 6}, too_small.get(), executor).code(),
+              StatusCode::workspace_too_small);
   }
 }
 

@@ -11,9 +11,8 @@ namespace kvfold {
 namespace {
 
 constexpr StatusCode kCodes[] = {
-    StatusCode::ok,           StatusCode::invalid_argument, StatusCode::size_mismatch,
-    StatusCode::not_finite,   StatusCode::unsupported,      StatusCode::workspace_too_small,
-    StatusCode::out_of_memory};
+    StatusCode::ok,          StatusCode::invalid_argument,    StatusCode::size_mismatch, StatusCode::not_finite,
+    StatusCode::unsupported, StatusCode::workspace_too_small, StatusCode::out_of_memory};
 
 TEST(StatusTest, IsOkUnlessToldOtherwise) {
   static_assert(Status{}.ok());

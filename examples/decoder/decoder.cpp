@@ -1,11 +1,13 @@
 #include "decoder/decoder.hpp"
 
+#include <kvfold/throwing.hpp>
+
 #include <cmath>
 #include <fstream>
-#include <kvfold/throwing.hpp>
-#include <nlohmann/json.hpp>
 #include <numeric>
 #include <stdexcept>
+
+#include <nlohmann/json.hpp>
 
 #include "decoder/safetensors.hpp"
 
@@ -111,7 +113,8 @@ Decoder::Decoder(const std::filesystem::path& directory, kvfold::ThreadPool& poo
 
 Sequence Decoder::new_sequence() const {
   Sequence sequence;
-  const kvfold::Rope rope{.kind = config_.rope, .rotary_dim = config_.head_dim, .theta = config_.rope_theta, .inv_freq = {}};
+  const kvfold::Rope rope{
+      .kind = config_.rope, .rotary_dim = config_.head_dim, .theta = config_.rope_theta, .inv_freq = {}};
   for (Eigen::Index i = 0; i < config_.layers; ++i) {
     sequence.layers.push_back(kvfold::or_throw(Cache::create(config_.layer_shape(), rope)));
   }
@@ -181,9 +184,9 @@ Matrix Decoder::attention(std::size_t index, const Matrix& x, std::span<const kv
   Matrix out(x.rows(), config_.query_heads * dim);
   std::vector<float> log_sum_exp(static_cast<std::size_t>(config_.query_heads * x.rows()));
   kvfold::QueryRows rows = kvfold::token_major_queries(queries.data(), config_.query_heads, dim, positions);
-  kvfold::or_throw(kvfold::attend(cache, rows,
-                                  {.data = out.data(), .head_stride = dim, .row_stride = out.cols(), .log_sum_exp = log_sum_exp},
-                                  workspace_.get(), pool_));
+  kvfold::or_throw(kvfold::attend(
+      cache, rows, {.data = out.data(), .head_stride = dim, .row_stride = out.cols(), .log_sum_exp = log_sum_exp},
+      workspace_.get(), pool_));
   if (observe) {
     rows.log_sum_exp = log_sum_exp;
     observe(index, rows);
@@ -194,7 +197,8 @@ Matrix Decoder::attention(std::size_t index, const Matrix& x, std::span<const kv
 Matrix Decoder::forward(std::span<const Token> tokens, Sequence& sequence, Logits logits, const Observer& observe) {
   const auto n = static_cast<Eigen::Index>(tokens.size());
   if (n == 0) return Matrix(0, config_.vocab_size);
-  if (sequence.next + n > config_.max_positions) throw std::runtime_error("the sequence is longer than the model can read");
+  if (sequence.next + n > config_.max_positions)
+    throw std::runtime_error("the sequence is longer than the model can read");
   std::vector<kvfold::Position> positions(tokens.size());
   std::iota(positions.begin(), positions.end(), sequence.next);
 

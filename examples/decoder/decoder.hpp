@@ -4,14 +4,16 @@
 /// It shows where an engine calls kvfold, and gives the evaluator a real model. It is not tuned for generation.
 #pragma once
 
-#include <Eigen/Core>
-#include <filesystem>
-#include <functional>
 #include <kvfold/exec/thread_pool.hpp>
 #include <kvfold/kvfold.hpp>
+
+#include <filesystem>
+#include <functional>
 #include <span>
 #include <string>
 #include <vector>
+
+#include <Eigen/Core>
 
 namespace decoder {
 
@@ -23,17 +25,17 @@ using Cache = kvfold::RaggedCache<float>;
 struct Config {
   Eigen::Index hidden_size = 0;
   Eigen::Index intermediate_size = 0;
-  Eigen::Index layers = 0;            ///< num_hidden_layers
-  Eigen::Index query_heads = 0;       ///< num_attention_heads
-  Eigen::Index kv_heads = 0;          ///< num_key_value_heads
-  Eigen::Index head_dim = 0;          ///< default hidden_size / num_attention_heads
+  Eigen::Index layers = 0;       ///< num_hidden_layers
+  Eigen::Index query_heads = 0;  ///< num_attention_heads
+  Eigen::Index kv_heads = 0;     ///< num_key_value_heads
+  Eigen::Index head_dim = 0;     ///< default hidden_size / num_attention_heads
   Eigen::Index vocab_size = 0;
-  Eigen::Index max_positions = 0;     ///< max_position_embeddings
+  Eigen::Index max_positions = 0;  ///< max_position_embeddings
   float rms_norm_eps = 1e-5f;
   double rope_theta = 10000.0;
-  bool tied_output = true;            ///< tie_word_embeddings
+  bool tied_output = true;                               ///< tie_word_embeddings
   kvfold::RopeKind rope = kvfold::RopeKind::half_split;  ///< rope_layout: "half_split" (default) or "adjacent"
-  std::string tokenizer;              ///< "bytes": token = byte; else the tokenizer's file
+  std::string tokenizer;                                 ///< "bytes": token = byte; else the tokenizer's file
 
   /// Throws std::runtime_error when a field is missing or makes no sense.
   static Config load(const std::filesystem::path& file);
@@ -46,7 +48,7 @@ struct Sequence {
   kvfold::Position next = 0;
 
   [[nodiscard]] Sequence clone() const;
-  [[nodiscard]] kvfold::Index rows() const;        ///< over all layers and heads
+  [[nodiscard]] kvfold::Index rows() const;  ///< over all layers and heads
   [[nodiscard]] kvfold::Index live_bytes() const;
 };
 

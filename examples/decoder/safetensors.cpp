@@ -1,15 +1,19 @@
 #include "decoder/safetensors.hpp"
 
+#include <kvfold/storage/elements.hpp>
+
 #include <cstring>
 #include <fstream>
-#include <kvfold/storage/elements.hpp>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
+
+#include <nlohmann/json.hpp>
 
 namespace decoder {
 namespace {
 
-[[noreturn]] void fail(const std::string& file, const std::string& what) { throw std::runtime_error(file + ": " + what); }
+[[noreturn]] void fail(const std::string& file, const std::string& what) {
+  throw std::runtime_error(file + ": " + what);
+}
 
 template <class Element>
 void convert(const char* from, std::vector<float>& to) {
@@ -41,7 +45,8 @@ Safetensors::Safetensors(const std::filesystem::path& file) : file_(file.string(
   for (const auto& [name, entry] : json.items()) {
     if (name == "__metadata__") continue;
     Tensor tensor{entry.at("dtype"), entry.at("shape"), entry.at("data_offsets").at(0), entry.at("data_offsets").at(1)};
-    if (tensor.begin > tensor.end || tensor.end > data_.size()) fail(file_, "tensor " + name + " lies outside of the file");
+    if (tensor.begin > tensor.end || tensor.end > data_.size())
+      fail(file_, "tensor " + name + " lies outside of the file");
     tensors_.emplace(name, std::move(tensor));
   }
 }

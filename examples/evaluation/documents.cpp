@@ -2,9 +2,10 @@
 
 #include <fstream>
 #include <iterator>
-#include <nlohmann/json.hpp>
 #include <random>
 #include <stdexcept>
+
+#include <nlohmann/json.hpp>
 
 namespace evaluation {
 
@@ -13,7 +14,8 @@ Text load_text(const std::filesystem::path& file, const decoder::Config& config)
   if (!in) throw std::runtime_error(file.string() + ": cannot be opened");
   Text text{file.stem().string(), {}};
   if (config.tokenizer == "bytes") {
-    for (std::istreambuf_iterator<char> c(in), end; c != end; ++c) text.tokens.push_back(static_cast<unsigned char>(*c));
+    for (std::istreambuf_iterator<char> c(in), end; c != end; ++c)
+      text.tokens.push_back(static_cast<unsigned char>(*c));
     return text;
   }
   const auto json = nlohmann::json::parse(in, nullptr, false);
@@ -22,12 +24,14 @@ Text load_text(const std::filesystem::path& file, const decoder::Config& config)
   }
   text.tokens = json["ids"].get<std::vector<decoder::Token>>();
   for (const decoder::Token token : text.tokens) {
-    if (token < 0 || token >= config.vocab_size) throw std::runtime_error(file.string() + ": has tokens of another model");
+    if (token < 0 || token >= config.vocab_size)
+      throw std::runtime_error(file.string() + ": has tokens of another model");
   }
   return text;
 }
 
-std::vector<Document> choose_documents(std::span<const Text> texts, std::size_t count, std::size_t length, std::uint64_t seed) {
+std::vector<Document> choose_documents(std::span<const Text> texts, std::size_t count, std::size_t length,
+                                       std::uint64_t seed) {
   std::mt19937_64 random(seed);
   std::vector<Document> documents;
   for (std::size_t i = 0; i < count; ++i) {

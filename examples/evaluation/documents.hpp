@@ -30,6 +30,7 @@ struct Document {
 
 /// `count` documents of `length` tokens, dealt to the texts in turn; each text is cut into as many equal parts as it has
 /// documents, and a document starts at a place in its part that the seed chooses. The same on every platform.
-std::vector<Document> choose_documents(std::span<const Text> texts, std::size_t count, std::size_t length, std::uint64_t seed);
+std::vector<Document> choose_documents(std::span<const Text> texts, std::size_t count, std::size_t length,
+                                       std::uint64_t seed);
 
 }  // namespace evaluation

@@ -1,8 +1,9 @@
 #include "evaluation/methods.hpp"
 
+#include <kvfold/throwing.hpp>
+
 #include <chrono>
 #include <cmath>
-#include <kvfold/throwing.hpp>
 #include <stdexcept>
 
 namespace evaluation {
@@ -74,8 +75,8 @@ OptionField number(const std::string& name, const std::string& help, Access acce
 
 /// A field that is one of a few words.
 template <class Enum, class Access>
-OptionField choice(const std::string& name, const std::string& help, const std::vector<std::pair<std::string, Enum>>& words,
-                   Access access) {
+OptionField choice(const std::string& name, const std::string& help,
+                   const std::vector<std::pair<std::string, Enum>>& words, Access access) {
   std::string known;
   for (const auto& [word, value] : words) known += (known.empty() ? "" : ", ") + word;
   return {name, help + ": " + known,
@@ -98,10 +99,11 @@ OptionField choice(const std::string& name, const std::string& help, const std::
 
 /// Runs a compressor over all layers.
 template <class Scorer, class Budget, class Reducer>
-Outcome compress_all(decoder::Sequence& sequence, Evidence& evidence, const Options& options, Source source, Scorer scorer,
-                     Budget budget, Reducer reducer, kvfold::ThreadPool& pool) {
+Outcome compress_all(decoder::Sequence& sequence, Evidence& evidence, const Options& options, Source source,
+                     Scorer scorer, Budget budget, Reducer reducer, kvfold::ThreadPool& pool) {
   Outcome outcome;
-  const kvfold::Compressor compressor(Timed<Scorer>(std::move(scorer), outcome.score_ms), std::move(budget), std::move(reducer));
+  const kvfold::Compressor compressor(Timed<Scorer>(std::move(scorer), outcome.score_ms), std::move(budget),
+                                      std::move(reducer));
   kvfold::WorkspaceBuffer workspace;
   const auto compress = [&](decoder::Cache& cache, const auto& seen) {
     kvfold::or_throw(workspace.reserve(kvfold::or_throw(compressor.workspace_bytes(cache, seen, pool.concurrency()))));
@@ -166,11 +168,14 @@ const std::map<std::string, Factory>& factories() {
   const auto merge = [](const Options& o) { return kvfold::EvictThenMerge<>(o.merge); };
   const auto global_local = [](const Options& o, Index) { return kvfold::GlobalLocalScorer(o.score); };
   const auto streaming = [](const Options& o, Index) { return kvfold::StreamingLlmScorer(o.streaming_llm); };
-  const auto h2o = [](const Options&, Index rows) { return kvfold::H2oScorer(kvfold::H2oScorer::Options::for_budget(rows)); };
+  const auto h2o = [](const Options&, Index rows) {
+    return kvfold::H2oScorer(kvfold::H2oScorer::Options::for_budget(rows));
+  };
   const auto snapkv = [](const Options& o, Index rows) { return kvfold::SnapKvScorer(o.snapkv.for_budget(rows)); };
   const auto tova = [](const Options&, Index) { return kvfold::TovaScorer(); };
   static const std::map<std::string, Factory> all = {
-      {"full", [](const Options&, kvfold::ThreadPool&) -> Compress {
+      {"full",
+       [](const Options&, kvfold::ThreadPool&) -> Compress {
          return [](decoder::Sequence& sequence, Evidence&, Index) {
            Outcome outcome;
            outcome.report.rows_before = outcome.report.rows_kept = sequence.rows();
@@ -202,33 +207,53 @@ const std::vector<OptionField>& option_fields() {
   using Scorer = kvfold::GlobalLocalScorer;
   using kvfold::GroupReduction, kvfold::KeyMode, kvfold::MassMode;
   static const std::vector<OptionField> fields = {
-      number("window", "W, queries of the local term", [](auto& o) -> auto& { return o.score.window; }),
-      number("sinks", "first rows that stay", [](auto& o) -> auto& { return o.score.protect.sinks; }),
-      number("recent", "last rows that stay", [](auto& o) -> auto& { return o.score.protect.recent; }),
-      choice<GroupReduction>("group", "over the query heads of a group", {{"max", GroupReduction::max}, {"mean", GroupReduction::mean}},
-                             [](auto& o) -> auto& { return o.score.group; }),
-      choice<Scorer::Combine>("combine", "of the aligned terms", {{"max", Scorer::Combine::max}, {"sum", Scorer::Combine::sum}},
-                              [](auto& o) -> auto& { return o.score.combine; }),
-      choice<Scorer::Normalise>("normalise", "of the global term",
-                                {{"none", Scorer::Normalise::none}, {"lifetime", Scorer::Normalise::lifetime}},
-                                [](auto& o) -> auto& { return o.score.normalise; }),
-      number("query-stride", "s, every s-th query in the global term", [](auto& o) -> auto& { return o.score.query_stride; }),
-      number("span-weight", "beta of the span term, 0 for none", [](auto& o) -> auto& { return o.score.span_weight; }),
-      number("span-width", "width of the span term, rows", [](auto& o) -> auto& { return o.score.span_width; }),
-      number("floor-share", "share of the budget that every head keeps", [](auto& o) -> auto& { return o.budget.floor_share; }),
-      number("gamma", "candidates to merge per kept row", [](auto& o) -> auto& { return o.merge.gamma; }),
-      number("candidate-mass-share", "candidates end at this share of the score",
-             [](auto& o) -> auto& { return o.merge.candidate_mass_share; }),
-      number("tau", "similarity of the zero class", [](auto& o) -> auto& { return o.merge.assigner.tau; }),
-      choice<KeyMode>("key-mode", "key of a merged row",
-                      {{"centre", KeyMode::centre}, {"direction", KeyMode::direction}, {"rotated", KeyMode::rotated}},
-                      [](auto& o) -> auto& { return o.merge.key_mode; }),
-      choice<MassMode>("mass-mode", "log mass of a merged row",
-                       {{"log-count", MassMode::log_count}, {"score-ratio", MassMode::score_ratio}, {"none", MassMode::none}},
-                       [](auto& o) -> auto& { return o.merge.mass_mode; }),
-      number("snapkv-window", "queries of SnapKV", [](auto& o) -> auto& { return o.snapkv.window; }),
-      number("snapkv-pool", "pooling of SnapKV, rows", [](auto& o) -> auto& { return o.snapkv.pool.width; }),
-      number("streaming-llm-sinks", "sinks of StreamingLLM", [](auto& o) -> auto& { return o.streaming_llm.sinks; }),
+      number(
+          "window", "W, queries of the local term", [](auto& o) -> auto& { return o.score.window; }),
+      number(
+          "sinks", "first rows that stay", [](auto& o) -> auto& { return o.score.protect.sinks; }),
+      number(
+          "recent", "last rows that stay", [](auto& o) -> auto& { return o.score.protect.recent; }),
+      choice<GroupReduction>(
+          "group", "over the query heads of a group", {{"max", GroupReduction::max}, {"mean", GroupReduction::mean}},
+          [](auto& o) -> auto& { return o.score.group; }),
+      choice<Scorer::Combine>(
+          "combine", "of the aligned terms", {{"max", Scorer::Combine::max}, {"sum", Scorer::Combine::sum}},
+          [](auto& o) -> auto& { return o.score.combine; }),
+      choice<Scorer::Normalise>(
+          "normalise", "of the global term",
+          {{"none", Scorer::Normalise::none}, {"lifetime", Scorer::Normalise::lifetime}},
+          [](auto& o) -> auto& { return o.score.normalise; }),
+      number(
+          "query-stride", "s, every s-th query in the global term",
+          [](auto& o) -> auto& { return o.score.query_stride; }),
+      number(
+          "span-weight", "beta of the span term, 0 for none", [](auto& o) -> auto& { return o.score.span_weight; }),
+      number(
+          "span-width", "width of the span term, rows", [](auto& o) -> auto& { return o.score.span_width; }),
+      number(
+          "floor-share", "share of the budget that every head keeps",
+          [](auto& o) -> auto& { return o.budget.floor_share; }),
+      number(
+          "gamma", "candidates to merge per kept row", [](auto& o) -> auto& { return o.merge.gamma; }),
+      number(
+          "candidate-mass-share", "candidates end at this share of the score",
+          [](auto& o) -> auto& { return o.merge.candidate_mass_share; }),
+      number(
+          "tau", "similarity of the zero class", [](auto& o) -> auto& { return o.merge.assigner.tau; }),
+      choice<KeyMode>(
+          "key-mode", "key of a merged row",
+          {{"centre", KeyMode::centre}, {"direction", KeyMode::direction}, {"rotated", KeyMode::rotated}},
+          [](auto& o) -> auto& { return o.merge.key_mode; }),
+      choice<MassMode>(
+          "mass-mode", "log mass of a merged row",
+          {{"log-count", MassMode::log_count}, {"score-ratio", MassMode::score_ratio}, {"none", MassMode::none}},
+          [](auto& o) -> auto& { return o.merge.mass_mode; }),
+      number(
+          "snapkv-window", "queries of SnapKV", [](auto& o) -> auto& { return o.snapkv.window; }),
+      number(
+          "snapkv-pool", "pooling of SnapKV, rows", [](auto& o) -> auto& { return o.snapkv.pool.width; }),
+      number(
+          "streaming-llm-sinks", "sinks of StreamingLLM", [](auto& o) -> auto& { return o.streaming_llm.sinks; }),
   };
   return fields;
 }
@@ -246,14 +271,16 @@ nlohmann::json Options::to_json() const {
   return json;
 }
 
-Evidence::Evidence(const decoder::Decoder& model, Index rows, const std::vector<Options>& wanted, kvfold::ThreadPool& pool)
+Evidence::Evidence(const decoder::Decoder& model, Index rows, const std::vector<Options>& wanted,
+                   kvfold::ThreadPool& pool)
     : pool_(pool), shape_(model.config().layer_shape()), tails_(static_cast<std::size_t>(model.config().layers)) {
   for (const Options& options : wanted) {
     window_ = std::max({window_, options.score.window, options.snapkv.window});
     Stream& stream = streams_[{options.score.window, options.score.query_stride}];
     if (!stream.layers.empty()) continue;
     // Query heads are kept apart, so that methods may join them as they like.
-    const kvfold::GlobalLocalAccumulator::Options keep{.window = options.score.window, .query_stride = options.score.query_stride,
+    const kvfold::GlobalLocalAccumulator::Options keep{.window = options.score.window,
+                                                       .query_stride = options.score.query_stride,
                                                        .group = kvfold::GroupReduction::max};
     for (std::size_t i = 0; i < tails_.size(); ++i) {
       stream.layers.push_back(kvfold::or_throw(kvfold::GlobalLocalAccumulator::create(shape_, rows, keep)));

@@ -2,13 +2,15 @@
 /// The compression methods that the evaluator compares, by name, and the evidence they get.
 #pragma once
 
-#include <functional>
 #include <kvfold/kvfold.hpp>
+
+#include <functional>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include <nlohmann/json.hpp>
 
 #include "decoder/decoder.hpp"
 
@@ -40,7 +42,8 @@ class Evidence {
  public:
   /// \param rows the most rows that a layer's heads will have
   /// \param wanted options of all methods that will ask: each distinct window and stride is accumulated
-  Evidence(const decoder::Decoder& model, kvfold::Index rows, const std::vector<Options>& wanted, kvfold::ThreadPool& pool);
+  Evidence(const decoder::Decoder& model, kvfold::Index rows, const std::vector<Options>& wanted,
+           kvfold::ThreadPool& pool);
 
   [[nodiscard]] decoder::Observer observer(const decoder::Sequence& sequence);
   /// The sums over the whole prompt, made from the caches as they were observed. Valid until the next call for this layer.

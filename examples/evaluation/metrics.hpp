@@ -3,6 +3,7 @@
 #pragma once
 
 #include <kvfold/exec/thread_pool.hpp>
+
 #include <span>
 
 #include "decoder/decoder.hpp"

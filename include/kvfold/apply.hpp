@@ -16,8 +16,8 @@ template <KVCacheView V>
 [[nodiscard]] Status check_plan(const CompressionPlan& plan, const V& view) noexcept {
   const LayerShape shape = view.shape();
   const auto heads = static_cast<std::size_t>(std::max<Index>(shape.kv_heads, 0));
-  if (!(plan.shape == shape) || heads == 0 || plan.source_rows.size() != heads || plan.kept_offset.size() != heads + 1 ||
-      plan.merged_offset.size() != heads + 1) {
+  if (!(plan.shape == shape) || heads == 0 || plan.source_rows.size() != heads ||
+      plan.kept_offset.size() != heads + 1 || plan.merged_offset.size() != heads + 1) {
     return {StatusCode::size_mismatch, "plan", "was made for a cache of another shape"};
   }
   const bool offsets_fit = plan.kept_offset[0] == 0 && plan.merged_offset[0] == 0 &&
@@ -58,7 +58,8 @@ template <KVCacheView V>
     RowId slot = -1;
     for (const MergedRow& row : plan.merged_rows(h)) {
       if (row.slot <= slot || row.slot >= static_cast<Index>(plan.kept_rows(h).size())) {
-        return {StatusCode::invalid_argument, "plan", "slots of merged rows must be ascending and inside the kept ones", h};
+        return {StatusCode::invalid_argument, "plan", "slots of merged rows must be ascending and inside the kept ones",
+                h};
       }
       slot = row.slot;
     }

@@ -157,7 +157,8 @@ class AttendBlock {
 /// `out` must not overlap the queries. Keys and values are not searched for NaN, and one in a row that a query cannot see
 /// may still reach it when another query of the same call sees that row. Cost: 2 * rows * G * T * (D + E) FLOPs per head; memory O(tile) per worker.
 template <KVCacheView V, Executor X>
-Status attend(const V& view, const QueryRows& queries, const AttentionOutput& out, Workspace workspace, X& executor) noexcept {
+Status attend(const V& view, const QueryRows& queries, const AttentionOutput& out, Workspace workspace,
+              X& executor) noexcept {
   if (Status bad = detail::check_view(view); !bad.ok()) return bad;
   const LayerShape shape = view.shape();
   if (Status bad = detail::check_queries(queries, shape); !bad.ok()) return bad;

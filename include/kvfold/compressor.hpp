@@ -71,7 +71,8 @@ class Compressor {
   /// \returns the plan, or a status that names the argument. The same bits for every executor.
   template <KVCacheView V, class E, Executor X>
     requires ScorerFor<Scorer, V, E> && ReducerFor<Reducer, V>
-  [[nodiscard]] Result<CompressionPlan> plan(const V& view, const E& evidence, Workspace workspace, X& executor) const noexcept {
+  [[nodiscard]] Result<CompressionPlan> plan(const V& view, const E& evidence, Workspace workspace,
+                                             X& executor) const noexcept {
     const auto workers = static_cast<Index>(executor.concurrency());
     if (Status bad = check_call(view, workers); !bad.ok()) return bad;
     detail::Arena arena(workspace);
@@ -100,7 +101,8 @@ class Compressor {
   /// Plans and applies. When it fails, nothing has been written.
   template <MutableKVCacheView V, class E, Executor X>
     requires ScorerFor<Scorer, V, E> && ReducerFor<Reducer, V>
-  [[nodiscard]] Result<CompressionReport> compress(V& view, const E& evidence, Workspace workspace, X& executor) const noexcept {
+  [[nodiscard]] Result<CompressionReport> compress(V& view, const E& evidence, Workspace workspace,
+                                                   X& executor) const noexcept {
     const Result<CompressionPlan> made = plan(std::as_const(view), evidence, workspace, executor);
     if (!made.ok()) return made.status();
     return apply(made.value(), view);

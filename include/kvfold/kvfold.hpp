@@ -2,6 +2,7 @@
 /// kvfold: compresses the KV cache of large language models. Includes only, in pipeline order.
 #pragma once
 
+// clang-format off
 #include "kvfold/version.hpp"
 
 #include "kvfold/types.hpp"
@@ -34,3 +35,4 @@
 
 #include "kvfold/exec/executor.hpp"
 #include "kvfold/exec/workspace.hpp"
+// clang-format on

@@ -60,15 +60,24 @@ class [[nodiscard]] Status {
 template <class T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : value_(std::move(value)) {}                                  // NOLINT: implicit on purpose
+  Result(T value) : value_(std::move(value)) {}                                   // NOLINT: implicit on purpose
   Result(Status error) noexcept : status_(error) { KVFOLD_ASSERT(!error.ok()); }  // NOLINT: implicit on purpose
 
   [[nodiscard]] bool ok() const noexcept { return value_.has_value(); }
   [[nodiscard]] Status status() const noexcept { return status_; }
   /// The value; the result must be ok.
-  [[nodiscard]] T& value() & noexcept { KVFOLD_ASSERT(ok()); return *value_; }
-  [[nodiscard]] const T& value() const& noexcept { KVFOLD_ASSERT(ok()); return *value_; }
-  [[nodiscard]] T&& value() && noexcept { KVFOLD_ASSERT(ok()); return std::move(*value_); }
+  [[nodiscard]] T& value() & noexcept {
+    KVFOLD_ASSERT(ok());
+    return *value_;
+  }
+  [[nodiscard]] const T& value() const& noexcept {
+    KVFOLD_ASSERT(ok());
+    return *value_;
+  }
+  [[nodiscard]] T&& value() && noexcept {
+    KVFOLD_ASSERT(ok());
+    return std::move(*value_);
+  }
   [[nodiscard]] T* operator->() noexcept { return &value(); }
   [[nodiscard]] const T* operator->() const noexcept { return &value(); }
 

@@ -21,16 +21,16 @@ using Position = std::int64_t;
 /// A row number as plans store it: half the memory of an `Index`. Heads are limited to `kMaxRows` rows.
 using RowId = std::int32_t;
 
-inline constexpr Index kMaxRows = INT32_MAX;    ///< largest T of one head
-inline constexpr Index kMaxHeads = 1 << 16;     ///< largest H, G and H * G
-inline constexpr Index kMaxWidth = 1 << 16;     ///< largest D and E
+inline constexpr Index kMaxRows = INT32_MAX;  ///< largest T of one head
+inline constexpr Index kMaxHeads = 1 << 16;   ///< largest H, G and H * G
+inline constexpr Index kMaxWidth = 1 << 16;   ///< largest D and E
 
 /// The sizes of one sequence in one layer that are the same for all of its heads.
 struct LayerShape {
-  Index kv_heads = 0;     ///< H, at least 1
-  Index group_size = 1;   ///< G, query heads that share one KV head; query head q belongs to KV head q / G
-  Index key_dim = 0;      ///< D, floats in a key
-  Index value_dim = 0;    ///< E, floats in a value
+  Index kv_heads = 0;    ///< H, at least 1
+  Index group_size = 1;  ///< G, query heads that share one KV head; query head q belongs to KV head q / G
+  Index key_dim = 0;     ///< D, floats in a key
+  Index value_dim = 0;   ///< E, floats in a value
 
   [[nodiscard]] constexpr Index query_heads() const noexcept { return kv_heads * group_size; }
   friend constexpr bool operator==(const LayerShape&, const LayerShape&) = default;
@@ -51,13 +51,15 @@ enum class Protection : std::uint8_t {
 
 /// What a scorer says of every row of a layer. Non-owning; rows of head h are `[offset[h], offset[h + 1])`.
 struct ScoreTable {
-  std::span<const Index> offset;       ///< [H + 1]
-  std::span<float> score;              ///< [sum of T_h], higher = keep, finite and at least 0 unless a scorer says otherwise
-  std::span<Protection> protection;    ///< [sum of T_h]
+  std::span<const Index> offset;  ///< [H + 1]
+  std::span<float> score;         ///< [sum of T_h], higher = keep, finite and at least 0 unless a scorer says otherwise
+  std::span<Protection> protection;  ///< [sum of T_h]
 
   [[nodiscard]] Index heads() const noexcept { return static_cast<Index>(offset.size()) - 1; }
   [[nodiscard]] Index rows(Index h) const noexcept { return offset[at(h) + 1] - offset[at(h)]; }
-  [[nodiscard]] std::span<float> scores(Index h) const noexcept { return score.subspan(at(offset[at(h)]), at(rows(h))); }
+  [[nodiscard]] std::span<float> scores(Index h) const noexcept {
+    return score.subspan(at(offset[at(h)]), at(rows(h)));
+  }
   [[nodiscard]] std::span<Protection> protections(Index h) const noexcept {
     return protection.subspan(at(offset[at(h)]), at(rows(h)));
   }
@@ -81,22 +83,24 @@ struct MergedRow {
 /// Non-owning: the spans point into the workspace that was given to `plan()` and live until it is used again.
 struct CompressionPlan {
   LayerShape shape;
-  std::span<const Index> source_rows;     ///< [H] T_h when the plan was made; `apply` refuses a cache that has changed
-  std::span<const Index> kept_offset;     ///< [H + 1]
-  std::span<const RowId> kept;            ///< source rows that stay, ascending within each head
-  std::span<const Index> merged_offset;   ///< [H + 1]
-  std::span<const MergedRow> merged;      ///< ascending slots within each head
-  std::span<const float> merged_values;   ///< [merged.size()][E]
-  std::span<const float> merged_keys;     ///< [merged.size()][D], or empty: keys of the centres stay as they are
-  bool writes_log_mass = false;           ///< whether `log_mass` of the merged rows is to be written
-  std::span<const Index> row_offset;      ///< [H + 1] offsets of the two tables below
-  std::span<const RowFate> fate;          ///< [sum of T_h]
-  std::span<const RowId> row_class;       ///< [sum of T_h] slot that a kept or merged row lives on in; -1: evicted
-  float kept_score_share = 1.f;           ///< mean over heads of the kept rows' share of the head's score, in [0, 1]
-  float merged_score_share = 0.f;         ///< likewise of the rows merged into kept ones
+  std::span<const Index> source_rows;    ///< [H] T_h when the plan was made; `apply` refuses a cache that has changed
+  std::span<const Index> kept_offset;    ///< [H + 1]
+  std::span<const RowId> kept;           ///< source rows that stay, ascending within each head
+  std::span<const Index> merged_offset;  ///< [H + 1]
+  std::span<const MergedRow> merged;     ///< ascending slots within each head
+  std::span<const float> merged_values;  ///< [merged.size()][E]
+  std::span<const float> merged_keys;    ///< [merged.size()][D], or empty: keys of the centres stay as they are
+  bool writes_log_mass = false;          ///< whether `log_mass` of the merged rows is to be written
+  std::span<const Index> row_offset;     ///< [H + 1] offsets of the two tables below
+  std::span<const RowFate> fate;         ///< [sum of T_h]
+  std::span<const RowId> row_class;      ///< [sum of T_h] slot that a kept or merged row lives on in; -1: evicted
+  float kept_score_share = 1.f;          ///< mean over heads of the kept rows' share of the head's score, in [0, 1]
+  float merged_score_share = 0.f;        ///< likewise of the rows merged into kept ones
 
   [[nodiscard]] std::span<const RowId> kept_rows(Index h) const noexcept { return slice(kept, kept_offset, h); }
-  [[nodiscard]] std::span<const MergedRow> merged_rows(Index h) const noexcept { return slice(merged, merged_offset, h); }
+  [[nodiscard]] std::span<const MergedRow> merged_rows(Index h) const noexcept {
+    return slice(merged, merged_offset, h);
+  }
   [[nodiscard]] std::span<const RowFate> fates(Index h) const noexcept { return slice(fate, row_offset, h); }
   [[nodiscard]] std::span<const RowId> row_classes(Index h) const noexcept { return slice(row_class, row_offset, h); }
 
@@ -111,13 +115,13 @@ struct CompressionPlan {
 /// What a compression did. Counts are sums over the heads of the layer.
 struct CompressionReport {
   Index rows_before = 0;
-  Index rows_kept = 0;             ///< rows in the cache afterwards
-  Index rows_merged = 0;           ///< rows that live on inside a kept one
+  Index rows_kept = 0;    ///< rows in the cache afterwards
+  Index rows_merged = 0;  ///< rows that live on inside a kept one
   Index rows_evicted = 0;
-  Index rows_rewritten = 0;        ///< kept rows whose value (and key) changed; all others are unchanged to the bit
-  Index bytes_before = 0;          ///< K and V of the rows, 0 where the view does not tell its row size
+  Index rows_rewritten = 0;  ///< kept rows whose value (and key) changed; all others are unchanged to the bit
+  Index bytes_before = 0;    ///< K and V of the rows, 0 where the view does not tell its row size
   Index bytes_after = 0;
-  float kept_score_share = 1.f;    ///< see CompressionPlan
+  float kept_score_share = 1.f;  ///< see CompressionPlan
   float merged_score_share = 0.f;
 };
 

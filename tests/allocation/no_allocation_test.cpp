@@ -24,8 +24,7 @@
 #define COUNTS_HEAP_CALLS 0
 #endif
 #endif
-#if !defined(COUNTS_HEAP_CALLS) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && \
-    !defined(__SANITIZE_THREAD__)
+#if !defined(COUNTS_HEAP_CALLS) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define COUNTS_HEAP_CALLS 1
 #endif
 #ifndef COUNTS_HEAP_CALLS
@@ -200,8 +199,8 @@ class NoAllocation : public HeapTest {
   template <class F>
   static void for_sizes(F f) {
     for (const Sizes& sizes : kSizes) {
-      SCOPED_TRACE(testing::Message()
-                   << "G = " << sizes.group << ", D = E = " << sizes.width << ", T = " << sizes.rows);
+      SCOPED_TRACE(testing::Message() << "G = " << sizes.group << ", D = E = " << sizes.width
+                                      << ", T = " << sizes.rows);
       Engine<T> engine(sizes);
       f(engine, test::make_queries(engine.shape(), sizes.queries, sizes.rows));
     }
@@ -248,18 +247,16 @@ TYPED_TEST(NoAllocation, EmsPlansAndAppliesWithoutTheHeap) {
 TYPED_TEST(NoAllocation, EmsOnAThreadPoolPlansAndAppliesWithoutTheHeap) {
   ThreadPool pool(3);
   TestFixture::for_sizes([&](Engine<TypeParam>& engine, const test::OwnedQueries& queries) {
-    TestFixture::expect_none(Ems({.score = {.window = kWindow}, .budget = {.rows = 60}}), engine,
-                             queries.view(), pool);
+    TestFixture::expect_none(Ems({.score = {.window = kWindow}, .budget = {.rows = 60}}), engine, queries.view(), pool);
   });
 }
 
 TYPED_TEST(NoAllocation, EmsThatRotatesKeysPlansAndAppliesWithoutTheHeap) {
-  TestFixture::expect_none(
-      Ems({.score = {.window = kWindow},
-           .budget = {.rows = 60},
-           .reduce = {.gamma = 3.f,
-                      .key_mode = KeyMode::rotated,
-                      .assigner = {.key_space = ZeroClassBatcher::KeySpace::unrotated}}}));
+  TestFixture::expect_none(Ems({.score = {.window = kWindow},
+                                .budget = {.rows = 60},
+                                .reduce = {.gamma = 3.f,
+                                           .key_mode = KeyMode::rotated,
+                                           .assigner = {.key_space = ZeroClassBatcher::KeySpace::unrotated}}}));
 }
 
 TYPED_TEST(NoAllocation, EmsEvictPlansAndAppliesWithoutTheHeap) {
@@ -300,8 +297,7 @@ TYPED_TEST(NoAllocation, AttendWorksWithoutTheHeap) {
   TestFixture::for_sizes([&](Engine<TypeParam>& engine, const test::OwnedQueries& queries) {
     const LayerShape shape = engine.shape();
     const Index rows = queries.view().rows();
-    std::vector<float> out(at(shape.query_heads() * rows * shape.value_dim)),
-        sums(at(shape.query_heads() * rows));
+    std::vector<float> out(at(shape.query_heads() * rows * shape.value_dim)), sums(at(shape.query_heads() * rows));
     const AttentionOutput output{out.data(), rows * shape.value_dim, shape.value_dim, sums};
     WorkspaceBuffer buffer;
     ASSERT_TRUE(buffer.reserve(attend_workspace_bytes(shape, pool.concurrency())).ok());

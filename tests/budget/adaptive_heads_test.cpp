@@ -175,8 +175,7 @@ Budgets oracle(const Layer& heads, Options options) {
 TEST(AdaptiveHeadBudget, IsWhatTheOracleGivesForRandomTables) {
   Random random(13);
   for (int round = 0; round < 1500; ++round) {
-    const Options options{.rows = 1 + random.below(24),
-                          .floor_share = static_cast<float>(random.below(5)) * 0.25f};
+    const Options options{.rows = 1 + random.below(24), .floor_share = static_cast<float>(random.below(5)) * 0.25f};
     std::vector<Layer> layers(static_cast<std::size_t>(1 + random.below(3)));
     Layer all;
     for (Layer& layer : layers) {

@@ -31,8 +31,7 @@ TEST(Ranking, PutsHigherScoresFirstAndTiesToTheLowerIndex) {
 }
 
 TEST(Ranking, PutsSinksFirstThenTheLatestRecentRowsWhateverTheirScores) {
-  EXPECT_EQ(ranked({0, 0, 9, 7, 5, 0}, {kSink, kSink, kNone, kNone, kRecent, kRecent}),
-            (Rows{0, 1, 5, 4, 2, 3}));
+  EXPECT_EQ(ranked({0, 0, 9, 7, 5, 0}, {kSink, kSink, kNone, kNone, kRecent, kRecent}), (Rows{0, 1, 5, 4, 2, 3}));
   EXPECT_EQ(ranked({1, 2, 1e30f, 3}, {kSink, kSink, kNone, kRecent}), (Rows{0, 1, 3, 2}));
 }
 
@@ -48,8 +47,7 @@ TEST(Ranking, SelectsTheSameRowsHoweverTheyAreShuffled) {
   detail::fill_row_ids(shuffled);
   for (const Index count : {0, 1, 4, 7, 13, 14, 100, 199, 200}) {
     for (Index i = 199; i > 0; --i) {
-      std::swap(shuffled[static_cast<std::size_t>(i)],
-                shuffled[static_cast<std::size_t>(random.below(i + 1))]);
+      std::swap(shuffled[static_cast<std::size_t>(i)], shuffled[static_cast<std::size_t>(random.below(i + 1))]);
     }
     detail::select_best(shuffled, count, detail::Ranking(scores, protections));
     Rows got(shuffled.begin(), shuffled.begin() + count), wanted(order.begin(), order.begin() + count);

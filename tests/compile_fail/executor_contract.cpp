@@ -9,7 +9,6 @@ struct MyExecutor {
 #endif
 };
 
-kvfold::Status plan(const kvfold::StridedView<float>& view, kvfold::Workspace workspace,
-                    MyExecutor& executor) {
+kvfold::Status plan(const kvfold::StridedView<float>& view, kvfold::Workspace workspace, MyExecutor& executor) {
   return kvfold::StreamingLlm().plan(view, kvfold::NoEvidence{}, workspace, executor).status();
 }

@@ -10,8 +10,8 @@ struct MyScorer {
   kvfold::Status validate() const noexcept;
   std::size_t workspace_bytes(const auto& view, const auto& evidence, kvfold::Index workers) const noexcept;
 #ifndef KVFOLD_COMPILE_FAIL
-  kvfold::Status score(const auto& view, const auto& evidence, kvfold::ScoreTable table,
-                       kvfold::Workspace workspace, auto& executor) const noexcept;
+  kvfold::Status score(const auto& view, const auto& evidence, kvfold::ScoreTable table, kvfold::Workspace workspace,
+                       auto& executor) const noexcept;
 #endif
 };
 

@@ -47,11 +47,9 @@ TEST_F(ColumnSumsEvidence, IsJoinedOverTheGroupAsThePolicyAsks) {
     for (auto at = all.begin(); at != all.end(); at += 30) rows.emplace_back(at, at + 30);
     return rows;
   };
-  const OracleColumns wanted{split(columns.global), split(columns.local),
-                             std::vector<Numbers>(2, Numbers(30, 1.0))};
+  const OracleColumns wanted{split(columns.global), split(columns.local), std::vector<Numbers>(2, Numbers(30, 1.0))};
   for (const auto& scorer : {by_max_, by_mean_}) {
-    EXPECT_TRUE(close_to(run_score(scorer, cache_, columns.view()),
-                         global_local_oracle(wanted, 2, scorer.options())));
+    EXPECT_TRUE(close_to(run_score(scorer, cache_, columns.view()), global_local_oracle(wanted, 2, scorer.options())));
   }
 }
 
@@ -77,8 +75,7 @@ TEST_F(ColumnSumsEvidence, WithoutLocalSumsServesGlobalPoliciesOnly) {
   columns.local.clear();
   EXPECT_TRUE(run_score(H2oScorer{}, cache_, columns.view()).status.ok());
   EXPECT_TRUE(says(run_score(by_max_, cache_, columns.view()).status, StatusCode::unsupported, "evidence"));
-  EXPECT_TRUE(
-      says(run_score(TovaScorer{}, cache_, columns.view()).status, StatusCode::unsupported, "evidence"));
+  EXPECT_TRUE(says(run_score(TovaScorer{}, cache_, columns.view()).status, StatusCode::unsupported, "evidence"));
 }
 
 TEST_F(ColumnSumsEvidence, WithoutSeenCountsCannotBeNormalisedByLifetime) {
@@ -131,8 +128,7 @@ const Spoiled kSpoiled[] = {
      [](OwnedColumns& c) { c.local[0] = std::numeric_limits<float>::infinity(); }},
     {"NaNInSeenCounts", StatusCode::not_finite, [](OwnedColumns& c) { c.seen[59] = kNaN; }},
 };
-INSTANTIATE_TEST_SUITE_P(With, ColumnSumsAreRefused, testing::ValuesIn(kSpoiled),
-                         testing::PrintToStringParamName());
+INSTANTIATE_TEST_SUITE_P(With, ColumnSumsAreRefused, testing::ValuesIn(kSpoiled), testing::PrintToStringParamName());
 
 // --- Softmax rows ----------------------------------------------------------------------------------------------
 
@@ -168,8 +164,7 @@ TEST(AttentionWeightsEvidence, GivesTheScoresOfTheQueriesThatMadeIt) {
     for (const Index window : {1, 8, 100}) {
       for (const Index stride : {1, 4, 90}) {
         const GlobalLocalScorer scorer({.window = window, .group = reduction, .query_stride = stride});
-        const Scored wanted = run_score(scorer, cache, owned.view()),
-                     got = run_score(scorer, cache, weights.view);
+        const Scored wanted = run_score(scorer, cache, owned.view()), got = run_score(scorer, cache, weights.view);
         ASSERT_TRUE(wanted.status.ok() && got.status.ok());
         EXPECT_TRUE(close_to(got.score, wanted.score)) << "W = " << window << ", s = " << stride;
       }
@@ -178,8 +173,7 @@ TEST(AttentionWeightsEvidence, GivesTheScoresOfTheQueriesThatMadeIt) {
   const H2oScorer h2o({.recent = 5, .query_stride = 3});
   EXPECT_TRUE(close_to(run_score(h2o, cache, weights.view).score, run_score(h2o, cache, owned.view()).score));
   const SnapKvScorer snap_kv({.window = 16});
-  EXPECT_TRUE(
-      close_to(run_score(snap_kv, cache, weights.view).score, run_score(snap_kv, cache, owned.view()).score));
+  EXPECT_TRUE(close_to(run_score(snap_kv, cache, weights.view).score, run_score(snap_kv, cache, owned.view()).score));
 }
 
 TEST(AttentionWeightsEvidence, IsRefusedWhereItDoesNotFitTheView) {

@@ -79,12 +79,8 @@ struct CacheSoFar {
   [[nodiscard]] Index size(Index h) const noexcept { return std::min(rows, cache->size(h)); }
   [[nodiscard]] Position position(Index h, Index t) const noexcept { return cache->position(h, t); }
   [[nodiscard]] float log_mass(Index h, Index t) const noexcept { return cache->log_mass(h, t); }
-  void read_keys(Index h, Index t, Index n, std::span<float> out) const noexcept {
-    cache->read_keys(h, t, n, out);
-  }
-  void read_values(Index h, Index t, Index n, std::span<float> out) const noexcept {
-    cache->read_values(h, t, n, out);
-  }
+  void read_keys(Index h, Index t, Index n, std::span<float> out) const noexcept { cache->read_keys(h, t, n, out); }
+  void read_values(Index h, Index t, Index n, std::span<float> out) const noexcept { cache->read_values(h, t, n, out); }
 };
 
 /// Queries [first, first + n) of a prompt.
@@ -132,8 +128,7 @@ GlobalLocalAccumulator make_accumulator(LayerShape shape, Index max_rows, Option
 
 /// Observes in exactly the workspace that is asked for.
 template <KVCacheView V, class X = SerialExecutor>
-Status observe(GlobalLocalAccumulator& accumulator, const V& view, const QueryRows& queries,
-               X&& executor = {}) {
+Status observe(GlobalLocalAccumulator& accumulator, const V& view, const QueryRows& queries, X&& executor = {}) {
   std::vector<std::byte> memory(accumulator.workspace_bytes(detail::max_rows(view), executor.concurrency()));
   return accumulator.observe(view, queries, memory, executor);
 }
@@ -173,8 +168,7 @@ std::vector<Index> equal_chunks(Index length, Index each) {
 std::vector<Index> random_chunks(Index length, std::uint64_t seed) {
   Random random(seed);
   std::vector<Index> chunks;
-  for (Index left = length; left > 0; left -= chunks.back())
-    chunks.push_back(std::min(left, 1 + random.below(50)));
+  for (Index left = length; left > 0; left -= chunks.back()) chunks.push_back(std::min(left, 1 + random.below(50)));
   return chunks;
 }
 
@@ -196,8 +190,8 @@ struct StreamCase {
   Index window, stride;
 
   friend std::ostream& operator<<(std::ostream& out, const StreamCase& c) {
-    return out << 'G' << c.group_size << (c.reduction == GroupReduction::max ? "Max" : "Mean") << 'W'
-               << c.window << 'S' << c.stride;
+    return out << 'G' << c.group_size << (c.reduction == GroupReduction::max ? "Max" : "Mean") << 'W' << c.window << 'S'
+               << c.stride;
   }
 };
 
@@ -213,8 +207,7 @@ class GlobalLocalAccumulatorSweep : public testing::TestWithParam<StreamCase> {
 TEST_P(GlobalLocalAccumulatorSweep, GivesTheSumsOfThePlainLoopsForEveryChunking) {
   const auto columns = columns_oracle(prompt_.cache, prompt_.queries.view(), c_.window, c_.stride);
   const auto joined = [&](const std::vector<Numbers>& all) {
-    return flat(c_.reduction == GroupReduction::max ? all
-                                                    : over_group(all, c_.group_size, GroupReduction::mean));
+    return flat(c_.reduction == GroupReduction::max ? all : over_group(all, c_.group_size, GroupReduction::mean));
   };
   const Numbers global = joined(columns.global), local = joined(columns.local), seen = flat(columns.seen);
   for (const auto& chunks : all_chunkings(kLength)) {
@@ -226,8 +219,7 @@ TEST_P(GlobalLocalAccumulatorSweep, GivesTheSumsOfThePlainLoopsForEveryChunking)
     EXPECT_TRUE(close_to(sums.global, global));
     EXPECT_TRUE(close_to(sums.local, local));
     EXPECT_EQ(Numbers(sums.seen.begin(), sums.seen.end()), seen);
-    EXPECT_EQ(sums.detail,
-              c_.reduction == GroupReduction::max ? ColumnDetail::query_head : ColumnDetail::kv_head);
+    EXPECT_EQ(sums.detail, c_.reduction == GroupReduction::max ? ColumnDetail::query_head : ColumnDetail::kv_head);
     EXPECT_EQ(sums.window, c_.window);
     EXPECT_EQ(sums.offset, (std::vector<Index>{0, kLength, 2 * kLength}));
   }
@@ -263,14 +255,13 @@ TEST_P(GlobalLocalAccumulatorSweep, OnePassWithLogSumExpsEqualsTwoPasses) {
 
 INSTANTIATE_TEST_SUITE_P(
     Cases, GlobalLocalAccumulatorSweep,
-    testing::Values(
-        StreamCase{1, GroupReduction::max, 32, 1}, StreamCase{1, GroupReduction::mean, 1, 3},
-        StreamCase{3, GroupReduction::max, 32, 1}, StreamCase{3, GroupReduction::mean, 32, 1},
-        StreamCase{3, GroupReduction::max, 8, 4}, StreamCase{3, GroupReduction::mean, 8, 5},
-        StreamCase{3, GroupReduction::max, 400, 1},   // W larger than the prompt
-        StreamCase{3, GroupReduction::mean, 149, 2},  // one query leaves, and is not in the sample
-        StreamCase{7, GroupReduction::max, 32, 1}, StreamCase{7, GroupReduction::mean, 33, 16},
-        StreamCase{7, GroupReduction::max, 1, 200}),  // sampled so thinly that few queries are seen
+    testing::Values(StreamCase{1, GroupReduction::max, 32, 1}, StreamCase{1, GroupReduction::mean, 1, 3},
+                    StreamCase{3, GroupReduction::max, 32, 1}, StreamCase{3, GroupReduction::mean, 32, 1},
+                    StreamCase{3, GroupReduction::max, 8, 4}, StreamCase{3, GroupReduction::mean, 8, 5},
+                    StreamCase{3, GroupReduction::max, 400, 1},   // W larger than the prompt
+                    StreamCase{3, GroupReduction::mean, 149, 2},  // one query leaves, and is not in the sample
+                    StreamCase{7, GroupReduction::max, 32, 1}, StreamCase{7, GroupReduction::mean, 33, 16},
+                    StreamCase{7, GroupReduction::max, 1, 200}),  // sampled so thinly that few queries are seen
     testing::PrintToStringParamName());
 
 TEST(GlobalLocalAccumulator, CountsLogMassesAndHeadsOfUnequalSize) {
@@ -338,8 +329,7 @@ TEST(GlobalLocalAccumulator, ResetForgetsEverything) {
   used.reset();
   EXPECT_EQ(used.observed_queries(), 0);
   ASSERT_TRUE(read(fresh, prompt, {20, 20}).ok());
-  ASSERT_TRUE(
-      read(used, prompt, {20, 20}).ok());  // fewer rows, earlier positions, another scale: all of it is new
+  ASSERT_TRUE(read(used, prompt, {20, 20}).ok());  // fewer rows, earlier positions, another scale: all of it is new
   EXPECT_TRUE(summarize(used, prompt.so_far(40)) == summarize(fresh, prompt.so_far(40)));
 }
 
@@ -504,8 +494,7 @@ const Refusal kRefusals[] = {
      [](Call& c) {
        c.cache = make_cache({2, 2, 16, 4}, 120);
      }},
-    {"TooSmallAWorkspace", StatusCode::workspace_too_small, "workspace",
-     [](Call& c) { c.missing_bytes = 65; }},
+    {"TooSmallAWorkspace", StatusCode::workspace_too_small, "workspace", [](Call& c) { c.missing_bytes = 65; }},
 };
 INSTANTIATE_TEST_SUITE_P(Calls, GlobalLocalAccumulatorRefuses, testing::ValuesIn(kRefusals),
                          testing::PrintToStringParamName());
@@ -530,8 +519,7 @@ TEST_P(WrongLogSumExps, AreRefusedAndNothingHasChanged) {
 }
 INSTANTIATE_TEST_SUITE_P(Offsets, WrongLogSumExps, testing::Values(-20.f, -3.f, -0.5f, 0.5f, 3.f, 20.f),
                          [](const auto& c) {
-                           const std::string size =
-                               std::to_string(static_cast<int>(10.f * std::abs(c.param)));
+                           const std::string size = std::to_string(static_cast<int>(10.f * std::abs(c.param)));
                            return (c.param < 0.f ? "TooSmallBy" : "TooLargeBy") + size + "Tenths";
                          });
 
@@ -540,8 +528,7 @@ TEST(GlobalLocalAccumulator, HasNothingToSummarizeBeforeTheFirstQueries) {
   auto accumulator = make_accumulator(cache.shape(), 10, {});
   std::vector<std::byte> memory(accumulator.workspace_bytes(10, 1));
   SerialExecutor serial;
-  EXPECT_TRUE(
-      says(accumulator.summarize(cache, memory, serial).status(), StatusCode::invalid_argument, "evidence"));
+  EXPECT_TRUE(says(accumulator.summarize(cache, memory, serial).status(), StatusCode::invalid_argument, "evidence"));
 }
 
 TEST(GlobalLocalAccumulator, SummarizingRefusesWhatObservingDoes) {
@@ -568,8 +555,8 @@ TEST(GlobalLocalAccumulator, RefusesAnExecutorWithoutWorkers) {
   };
   const Prompt prompt({1, 1, 8, 4}, 40);
   auto accumulator = make_accumulator(prompt.cache.shape(), 40, {.window = 8});
-  EXPECT_TRUE(says(observe(accumulator, prompt.cache, prompt.queries.view(), Nobody{}),
-                   StatusCode::invalid_argument, "executor"));
+  EXPECT_TRUE(says(observe(accumulator, prompt.cache, prompt.queries.view(), Nobody{}), StatusCode::invalid_argument,
+                   "executor"));
 }
 
 TEST(GlobalLocalAccumulator, IsOnlyMadeForShapesAndOptionsInRange) {

@@ -80,8 +80,8 @@ TEST(QueryRows, WithTheirLogSumExpsAreReadInOnePass) {
   for_all_scorers(cache, owned.view(),
                   [&](const char*, const Scored& two_passes) { ASSERT_TRUE(two_passes.status.ok()); });
   const GlobalLocalScorer::Options options{.window = 16, .query_stride = 3};
-  EXPECT_TRUE(close_to(run_score(GlobalLocalScorer{options}, cache, queries),
-                       global_local_oracle(cache, queries, options)));
+  EXPECT_TRUE(
+      close_to(run_score(GlobalLocalScorer{options}, cache, queries), global_local_oracle(cache, queries, options)));
   EXPECT_TRUE(close_to(run_score(H2oScorer{}, cache, queries), h2o_oracle(cache, queries, {})));
   EXPECT_TRUE(close_to(run_score(SnapKvScorer{}, cache, queries), snap_kv_oracle(cache, queries, {})));
   EXPECT_TRUE(close_to(run_score(TovaScorer{}, cache, queries), tova_oracle(cache, queries)));
@@ -148,8 +148,7 @@ const Refusal kRefusals[] = {
     {"PositionsOutOfOrder", kInvalid, "queries",
      [](Call& c) { std::swap(c.owned.positions[3], c.owned.positions[30]); }},
     {"NaNInTheLastQuery", kNotFinite, "queries", [](Call& c) { c.owned.data.back() = kNaN; }},
-    {"InfinityInTheLastQueryOfTheFirstHead", kNotFinite, "queries",
-     [](Call& c) { c.owned.data[39 * 8] = -kInfinity; }},
+    {"InfinityInTheLastQueryOfTheFirstHead", kNotFinite, "queries", [](Call& c) { c.owned.data[39 * 8] = -kInfinity; }},
     {"NaNInAKey", kNotFinite, "keys",
      [](Call& c) {
        c.cache.write_key(1, 299, std::vector<float>{0, 0, 0, kNaN, 0, 0, 0, 0});
@@ -168,8 +167,7 @@ const Refusal kRefusals[] = {
     {"LogSumExpsTooLarge", kInvalid, "queries", [](Call& c) { c.shift_log_sum_exps(0.1f); }},
     {"LogSumExpsMuchTooLarge", kInvalid, "queries", [](Call& c) { c.shift_log_sum_exps(20.f); }},
 };
-INSTANTIATE_TEST_SUITE_P(With, QueryRowsAreRefused, testing::ValuesIn(kRefusals),
-                         testing::PrintToStringParamName());
+INSTANTIATE_TEST_SUITE_P(With, QueryRowsAreRefused, testing::ValuesIn(kRefusals), testing::PrintToStringParamName());
 
 TEST(QueryRows, WhoseLogitsOverflowAreRefused) {
   auto cache = make_cache({1, 2, 2, 2}, 3);

@@ -1,10 +1,11 @@
 #include "decoder/decoder.hpp"
 
-#include <gtest/gtest.h>
+#include <kvfold/throwing.hpp>
 
 #include <cstdlib>
 #include <fstream>
-#include <kvfold/throwing.hpp>
+
+#include <gtest/gtest.h>
 
 #include "decoder/safetensors.hpp"
 #include "tiny_model.hpp"
@@ -21,7 +22,8 @@ class DecoderTest : public testing::Test {
  protected:
   std::filesystem::path make(const test::TinyModel& model = {}) {
     const auto* info = testing::UnitTest::GetInstance()->current_test_info();
-    const auto directory = std::filesystem::path(testing::TempDir()) / (std::string("kvfold_") + info->name()) / model.rope_layout;
+    const auto directory =
+        std::filesystem::path(testing::TempDir()) / (std::string("kvfold_") + info->name()) / model.rope_layout;
     test::write_tiny_model(directory, model, 7);
     return directory;
   }
@@ -85,12 +87,14 @@ TEST_F(DecoderTest, ABudgetThatHoldsEverythingChangesNoBitOfTheLogits) {
   model.forward(tokens(60), sequence, Logits::none, [&](std::size_t layer, const QueryRows& q) {
     seen[layer] = {{}, {q.positions.begin(), q.positions.end()}, q.query_heads, q.dim};
     for (Index head = 0; head < q.query_heads; ++head) {
-      for (Index i = 0; i < q.rows(); ++i) seen[layer].data.insert(seen[layer].data.end(), q.row(head, i), q.row(head, i) + q.dim);
+      for (Index i = 0; i < q.rows(); ++i)
+        seen[layer].data.insert(seen[layer].data.end(), q.row(head, i), q.row(head, i) + q.dim);
     }
   });
   decoder::Sequence compressed = sequence.clone();
   for (std::size_t i = 0; i < compressed.layers.size(); ++i) {
-    const auto report = or_throw(Ems(Ems::Options{.budget = {.rows = 60}}).compress(compressed.layers[i], seen[i].view()));
+    const auto report =
+        or_throw(Ems(Ems::Options{.budget = {.rows = 60}}).compress(compressed.layers[i], seen[i].view()));
     EXPECT_EQ(report.rows_evicted + report.rows_merged, 0);
   }
   EXPECT_EQ(model.forward(tokens(20), compressed, Logits::all), model.forward(tokens(20), sequence, Logits::all));
@@ -108,7 +112,8 @@ TEST_F(DecoderTest, RefusesTokensOutsideOfItsVocabularyAndSequencesBeyondItsPosi
 TEST_F(DecoderTest, RefusesAFileThatIsCutShort) {
   const auto directory = make();
   const auto file = directory / "model.safetensors";
-  for (const auto size : {std::filesystem::file_size(file) - 1, std::uintmax_t{100}, std::uintmax_t{4}, std::uintmax_t{0}}) {
+  for (const auto size :
+       {std::filesystem::file_size(file) - 1, std::uintmax_t{100}, std::uintmax_t{4}, std::uintmax_t{0}}) {
     std::filesystem::resize_file(file, size);
     EXPECT_THROW(Decoder(directory, pool_), std::runtime_error) << size;
   }
@@ -120,8 +125,11 @@ TEST_F(DecoderTest, RefusesAConfigThatDoesNotFitTheWeights) {
   const auto directory = make();
   std::ifstream in(directory / "config.json");
   const auto good = nlohmann::json::parse(in);
-  const nlohmann::json changes{{"hidden_size", 25}, {"num_hidden_layers", 3}, {"vocab_size", 0},
-                               {"num_key_value_heads", 4}, {"rope_layout", "spiral"}};
+  const nlohmann::json changes{{"hidden_size", 25},
+                               {"num_hidden_layers", 3},
+                               {"vocab_size", 0},
+                               {"num_key_value_heads", 4},
+                               {"rope_layout", "spiral"}};
   for (const auto& [name, value] : changes.items()) {
     auto bad = good;
     bad[name] = value;
@@ -134,7 +142,8 @@ TEST_F(DecoderTest, RefusesAConfigThatDoesNotFitTheWeights) {
 /// (tools/make_golden_logits). tools/test prepares the model and says where it is.
 TEST(SmolLm2Test, AgreesWithAnIndependentImplementation) {
   const char* directory = std::getenv("KVFOLD_SMOLLM2_DIR");
-  if (directory == nullptr) GTEST_SKIP() << "KVFOLD_SMOLLM2_DIR is not set: run tools/test, or tools/prepare_smollm2 model";
+  if (directory == nullptr)
+    GTEST_SKIP() << "KVFOLD_SMOLLM2_DIR is not set: run tools/test, or tools/prepare_smollm2 model";
   std::ifstream in(std::string(KVFOLD_TESTS_DIR) + "/golden/smollm2_logits.json");
   const auto golden = nlohmann::json::parse(in);
   ThreadPool pool(2);
@@ -154,7 +163,8 @@ TEST(SmolLm2Test, AgreesWithAnIndependentImplementation) {
   for (const auto& at : golden.at("positions")) {
     const auto row = logits.row(at.at("position").get<Eigen::Index>());
     const auto top = at.at("top_ids").get<std::vector<Eigen::Index>>();
-    for (std::size_t i = 0; i < top.size(); ++i) EXPECT_NEAR(row[top[i]], at.at("top_logits")[i].get<float>(), kTolerance);
+    for (std::size_t i = 0; i < top.size(); ++i)
+      EXPECT_NEAR(row[top[i]], at.at("top_logits")[i].get<float>(), kTolerance);
     for (std::size_t i = 0; i < strided.size(); ++i) {
       EXPECT_NEAR(row[strided[i]], at.at("strided_logits")[i].get<float>(), kTolerance);
     }

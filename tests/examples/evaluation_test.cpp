@@ -1,8 +1,8 @@
-#include <gtest/gtest.h>
-
 #include <cmath>
 #include <fstream>
 #include <set>
+
+#include <gtest/gtest.h>
 
 #include "evaluation/documents.hpp"
 #include "evaluation/methods.hpp"
@@ -75,7 +75,8 @@ TEST(Metrics, AgreeWithTheirDefinitions) {
   evaluation::log_softmax(q, pool);
   const double z = std::exp(1.0) + std::exp(2.0) + std::exp(3.0);
   EXPECT_NEAR(p(0, 2), 3.0 - std::log(z), 1e-6);
-  EXPECT_NEAR(evaluation::negative_log_likelihood(p, std::vector<decoder::Token>{2, 0}), (std::log(z) - 3.0 + std::log(2.0)) / 2, 1e-6);
+  EXPECT_NEAR(evaluation::negative_log_likelihood(p, std::vector<decoder::Token>{2, 0}),
+              (std::log(z) - 3.0 + std::log(2.0)) / 2, 1e-6);
   const double first = (std::exp(3.0) - std::exp(1.0)) * 2.0 / z;  // sum of p_i * (i - (4 - i))
   const double second = std::log(3.0) - std::log(2.0);
   EXPECT_NEAR(evaluation::mean_kl(p, q, pool), (first + second) / 2, 1e-5);
@@ -95,8 +96,8 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
 
 TEST(Methods, WhatIsNotKnownOrOutOfRangeIsRefused) {
   ThreadPool pool(1);
-  for (const char* text : {"emz", "ems@", "ems@tau", "ems@tau=", "ems@tau=x", "ems@tau=2", "ems@window=0", "ems@window=1.5",
-                           "ems@span-width=4", "ems@key-mode=left", "ems@budget=3", "ems@gamma=-1"}) {
+  for (const char* text : {"emz", "ems@", "ems@tau", "ems@tau=", "ems@tau=x", "ems@tau=2", "ems@window=0",
+                           "ems@window=1.5", "ems@span-width=4", "ems@key-mode=left", "ems@budget=3", "ems@gamma=-1"}) {
     EXPECT_THROW(evaluation::make_method(text, {}, pool), std::runtime_error) << text;
   }
 }

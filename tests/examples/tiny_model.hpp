@@ -6,9 +6,10 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
+
+#include <nlohmann/json.hpp>
 
 #include "builders.hpp"
 
@@ -79,11 +80,17 @@ inline void write_tiny_model(const std::filesystem::path& directory, const TinyM
     out.write(reinterpret_cast<const char*>(tensor.second.data()),
               static_cast<std::streamsize>(tensor.second.size() * sizeof(float)));
   }
-  std::ofstream(directory / "config.json") << nlohmann::json{
-      {"hidden_size", m.hidden}, {"intermediate_size", m.intermediate}, {"num_hidden_layers", m.layers},
-      {"num_attention_heads", m.query_heads}, {"num_key_value_heads", m.kv_heads}, {"head_dim", m.head_dim},
-      {"vocab_size", m.vocab}, {"max_position_embeddings", 512}, {"tie_word_embeddings", m.tied},
-      {"rope_layout", m.rope_layout}, {"tokenizer", "bytes"}};
+  std::ofstream(directory / "config.json") << nlohmann::json{{"hidden_size", m.hidden},
+                                                             {"intermediate_size", m.intermediate},
+                                                             {"num_hidden_layers", m.layers},
+                                                             {"num_attention_heads", m.query_heads},
+                                                             {"num_key_value_heads", m.kv_heads},
+                                                             {"head_dim", m.head_dim},
+                                                             {"vocab_size", m.vocab},
+                                                             {"max_position_embeddings", 512},
+                                                             {"tie_word_embeddings", m.tied},
+                                                             {"rope_layout", m.rope_layout},
+                                                             {"tokenizer", "bytes"}};
 }
 
 }  // namespace kvfold::test

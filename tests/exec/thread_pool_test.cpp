@@ -45,12 +45,9 @@ TEST(SerialExecutorTest, RunsTasksInOrderAsWorkerZero) {
 }
 
 class ThreadPoolTest : public testing::TestWithParam<Index> {};
-INSTANTIATE_TEST_SUITE_P(Threads, ThreadPoolTest, testing::Values(1, 2, 3, 8),
-                         testing::PrintToStringParamName());
+INSTANTIATE_TEST_SUITE_P(Threads, ThreadPoolTest, testing::Values(1, 2, 3, 8), testing::PrintToStringParamName());
 
-TEST_P(ThreadPoolTest, HasTheConcurrencyItWasMadeWith) {
-  EXPECT_EQ(ThreadPool(GetParam()).concurrency(), GetParam());
-}
+TEST_P(ThreadPoolTest, HasTheConcurrencyItWasMadeWith) { EXPECT_EQ(ThreadPool(GetParam()).concurrency(), GetParam()); }
 
 TEST_P(ThreadPoolTest, RunsEachTaskOnceAndNoWorkerTwiceAtATime) {
   ThreadPool pool(GetParam());

@@ -51,16 +51,14 @@ TEST(EvictOnly, TiesGoToTheLowerIndex) {
   OwnedScores scores;
   scores.add_head({1, 2, 1, 2, 1, 2});
   EXPECT_EQ(kept_of(run_reduce(EvictOnly(), cache, scores, {2}).plan.value(), 0), (std::vector<RowId>{1, 3}));
-  EXPECT_EQ(kept_of(run_reduce(EvictOnly(), cache, scores, {4}).plan.value(), 0),
-            (std::vector<RowId>{0, 1, 3, 5}));
+  EXPECT_EQ(kept_of(run_reduce(EvictOnly(), cache, scores, {4}).plan.value(), 0), (std::vector<RowId>{0, 1, 3, 5}));
 }
 
 TEST(EvictOnly, ProtectedRowsStayHoweverSmallTheirScore) {
   const auto cache = make_cache({1, 1, 4, 4}, 8);
   OwnedScores scores;
   scores.add_head({0, 0, 9, 8, 7, 6, 0, 0}, protections(8, 2, 2));
-  EXPECT_EQ(kept_of(run_reduce(EvictOnly(), cache, scores, {5}).plan.value(), 0),
-            (std::vector<RowId>{0, 1, 2, 6, 7}));
+  EXPECT_EQ(kept_of(run_reduce(EvictOnly(), cache, scores, {5}).plan.value(), 0), (std::vector<RowId>{0, 1, 2, 6, 7}));
 }
 
 TEST(EvictOnly, ATightBudgetGoesToSinksThenToTheLatestRows) {
@@ -88,8 +86,7 @@ TEST(EvictOnly, HeadsHaveBudgetsOfTheirOwn) {
   const CompressionPlan& plan = owned.plan.value();
   for (Index h = 0; h < 3; ++h) {
     const auto table = scores.table();
-    EXPECT_EQ(kept_of(plan, h),
-              split_tiers(table.scores(h), table.protections(h), budgets[ix(h)], 0, 0).kept);
+    EXPECT_EQ(kept_of(plan, h), split_tiers(table.scores(h), table.protections(h), budgets[ix(h)], 0, 0).kept);
     EXPECT_EQ(plan.source_rows[ix(h)], cache.size(h));
   }
   EXPECT_TRUE(plan.merged.empty());

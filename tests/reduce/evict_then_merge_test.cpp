@@ -30,8 +30,8 @@ struct Layer {
   std::vector<Index> budgets;
 };
 
-Layer make_layer(LayerShape shape, const std::vector<Index>& rows, const std::vector<Index>& budgets,
-                 Rope rope = {}, Index sinks = 3, Index recent = 5) {
+Layer make_layer(LayerShape shape, const std::vector<Index>& rows, const std::vector<Index>& budgets, Rope rope = {},
+                 Index sinks = 3, Index recent = 5) {
   Layer layer{make_cache(shape, *std::max_element(rows.begin(), rows.end()), 21, rope), {}, budgets};
   Random random(22);
   for (Index h = 0; h < shape.kv_heads; ++h) {
@@ -61,8 +61,8 @@ double difference(std::span<const float> got, const Doubles& wanted) {
 }
 
 /// Classes are the oracle's, except where two similarities are closer than fp32 can tell.
-void expect_oracle_classes(const OraclePlan& oracle, std::span<const RowFate> fate,
-                           std::span<const RowId> row_class, double tau) {
+void expect_oracle_classes(const OraclePlan& oracle, std::span<const RowFate> fate, std::span<const RowId> row_class,
+                           double tau) {
   const auto similarity_of = [&](std::size_t j, RowId row) {
     if (fate[ix(row)] != RowFate::merged) return tau;
     const RowId centre = oracle.tiers.kept[ix(row_class[ix(row)])];
@@ -72,8 +72,7 @@ void expect_oracle_classes(const OraclePlan& oracle, std::span<const RowFate> fa
   for (std::size_t j = 0; j < oracle.tiers.candidates.size(); ++j) {
     const RowId row = oracle.tiers.candidates[j];
     if (fate[ix(row)] == oracle.fate[ix(row)] && row_class[ix(row)] == oracle.row_class[ix(row)]) continue;
-    const double best =
-        std::max(tau, *std::max_element(oracle.similarity[j].begin(), oracle.similarity[j].end()));
+    const double best = std::max(tau, *std::max_element(oracle.similarity[j].begin(), oracle.similarity[j].end()));
     EXPECT_NEAR(similarity_of(j, row), best, 3e-6) << "row " << row;
   }
   for (std::size_t t = 0; t < oracle.fate.size(); ++t) {
@@ -95,10 +94,9 @@ void expect_oracle_plan(Layer& layer, const Options& options, const CompressionP
     const auto oracle = plan_head(head, table.scores(h), table.protections(h), layer.budgets[ix(h)], options);
     const auto kept = plan.kept_rows(h);
     ASSERT_EQ(std::vector<RowId>(kept.begin(), kept.end()), oracle.tiers.kept);
-    expect_oracle_classes(oracle, plan.fates(h), plan.row_classes(h),
-                          static_cast<double>(options.assigner.tau));
-    const auto wanted = merge_rows(head, table.scores(h), kept, plan.fates(h), plan.row_classes(h),
-                                   options.key_mode, options.mass_mode);
+    expect_oracle_classes(oracle, plan.fates(h), plan.row_classes(h), static_cast<double>(options.assigner.tau));
+    const auto wanted = merge_rows(head, table.scores(h), kept, plan.fates(h), plan.row_classes(h), options.key_mode,
+                                   options.mass_mode);
     const auto merged = plan.merged_rows(h);
     ASSERT_EQ(merged.size(), wanted.size());
     for (std::size_t m = 0; m < merged.size(); ++m) {
@@ -122,10 +120,9 @@ class EvictThenMergeSweep : public testing::TestWithParam<std::tuple<KeyMode, Ma
 TEST_P(EvictThenMergeSweep, PlansAsThePlainLoopsDoForEveryOption) {
   Options options;
   std::tie(options.key_mode, options.mass_mode) = GetParam();
-  for (const Rope& rope :
-       {Rope{.kind = RopeKind::half_split}, Rope{.kind = RopeKind::adjacent, .rotary_dim = 8},
-        Rope{.kind = RopeKind::half_split, .rotary_dim = 8, .inv_freq = kFrequencies},
-        Rope{.kind = RopeKind::pre_rope}}) {
+  for (const Rope& rope : {Rope{.kind = RopeKind::half_split}, Rope{.kind = RopeKind::adjacent, .rotary_dim = 8},
+                           Rope{.kind = RopeKind::half_split, .rotary_dim = 8, .inv_freq = kFrequencies},
+                           Rope{.kind = RopeKind::pre_rope}}) {
     Layer layer = ragged_layer(rope);
     for (const float gamma : {0.f, 0.5f, 1.f, 4.f}) {
       for (const float mass_share : {0.f, 0.5f, 0.8f, 0.95f}) {
@@ -135,8 +132,7 @@ TEST_P(EvictThenMergeSweep, PlansAsThePlainLoopsDoForEveryOption) {
           options.sinks_absorb = (absorb & 1) != 0;
           options.recent_absorb = (absorb & 2) != 0;
           options.assigner.key_space = absorb == 3 ? KeySpace::unrotated : KeySpace::stored;
-          SCOPED_TRACE(testing::Message()
-                       << "gamma " << gamma << ", share " << mass_share << ", absorb " << absorb);
+          SCOPED_TRACE(testing::Message() << "gamma " << gamma << ", share " << mass_share << ", absorb " << absorb);
           const auto owned = run(options, layer);
           ASSERT_TRUE(owned.plan.ok());
           expect_oracle_plan(layer, options, owned.plan.value());
@@ -156,11 +152,10 @@ std::string mode_name(const testing::TestParamInfo<Modes>& modes) {
          masses[static_cast<int>(std::get<1>(modes.param))];
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Modes, EvictThenMergeSweep,
-    testing::Combine(testing::Values(KeyMode::centre, KeyMode::direction, KeyMode::rotated),
-                     testing::Values(MassMode::none, MassMode::log_count, MassMode::score_ratio)),
-    mode_name);
+INSTANTIATE_TEST_SUITE_P(Modes, EvictThenMergeSweep,
+                         testing::Combine(testing::Values(KeyMode::centre, KeyMode::direction, KeyMode::rotated),
+                                          testing::Values(MassMode::none, MassMode::log_count, MassMode::score_ratio)),
+                         mode_name);
 
 TEST(EvictThenMerge, PlansAsThePlainLoopsDoAcrossTheTiles) {
   for (const Index budget : {63, 129, 200}) {
@@ -279,9 +274,8 @@ TEST(EvictThenMerge, AHeadWhoseScoreIsConcentratedMergesFewerRows) {
   peaked[3] = peaked[9] = 100.f;
   scores.add_head(peaked);
   scores.add_head(flat);
-  const auto owned =
-      run_reduce(Reducer({.gamma = 1.f, .candidate_mass_share = 0.5f, .assigner = {.tau = 0.f}}), cache,
-                 scores, {10, 10});
+  const auto owned = run_reduce(Reducer({.gamma = 1.f, .candidate_mass_share = 0.5f, .assigner = {.tau = 0.f}}), cache,
+                                scores, {10, 10});
   EXPECT_TRUE(owned.plan->merged_rows(0).empty());
   EXPECT_FALSE(owned.plan->merged_rows(1).empty());
 }
@@ -403,12 +397,10 @@ TEST(EvictThenMerge, RotatedKeysOfOneContentMergeIntoTheCentresKey) {
   scores[2] = 1.f;
   OwnedScores table;
   table.add_head(scores);
-  const Options options{.key_mode = KeyMode::rotated,
-                        .assigner = {.tau = 0.99f, .key_space = KeySpace::unrotated}};
+  const Options options{.key_mode = KeyMode::rotated, .assigner = {.tau = 0.99f, .key_space = KeySpace::unrotated}};
   const auto owned = run_reduce(Reducer(options), cache, table, {1});
   ASSERT_EQ(owned.plan->merged.size(), 1u);
-  for (std::size_t d = 0; d < 8; ++d)
-    EXPECT_NEAR(owned.plan->merged_keys[d], cache.key_rows(0, 25, 1)[d], 2e-6);
+  for (std::size_t d = 0; d < 8; ++d) EXPECT_NEAR(owned.plan->merged_keys[d], cache.key_rows(0, 25, 1)[d], 2e-6);
 }
 
 TEST(EvictThenMerge, LogCountMassesStandForEveryRowThatLivesOn) {
@@ -422,8 +414,7 @@ TEST(EvictThenMerge, LogCountMassesStandForEveryRowThatLivesOn) {
     const CompressionReport report = apply(plan, layer.cache).value();
     double rows = 0.0;
     for (Index h = 0; h < 3; ++h) {
-      for (Index t = 0; t < layer.cache.size(h); ++t)
-        rows += std::exp(static_cast<double>(layer.cache.log_mass(h, t)));
+      for (Index t = 0; t < layer.cache.size(h); ++t) rows += std::exp(static_cast<double>(layer.cache.log_mass(h, t)));
     }
     EXPECT_NEAR(rows, static_cast<double>(report.rows_kept + report.rows_merged), 1e-4);
   }
@@ -439,9 +430,7 @@ TEST(EvictThenMerge, MassesAddUpWhenMergedRowsMergeAgain) {
   OwnedScores scores;
   scores.add_head({1, 2, 3, 4});
   const auto mass = [&](MassMode mode) {
-    return run_reduce(Reducer({.gamma = 3.f, .mass_mode = mode}), cache, scores, {1})
-        .plan->merged[0]
-        .log_mass;
+    return run_reduce(Reducer({.gamma = 3.f, .mass_mode = mode}), cache, scores, {1}).plan->merged[0].log_mass;
   };
   EXPECT_FLOAT_EQ(mass(MassMode::log_count), std::log(1.f + 2.f + 3.f + 4.f));
   EXPECT_FLOAT_EQ(mass(MassMode::score_ratio), std::log(4.f) + std::log(10.f / 4.f));
@@ -508,8 +497,8 @@ TEST(EvictThenMerge, DuplicatesWithoutMassLoseTheirWeight) {
   Layer layer = layer_of_duplicates();
   const auto queries = make_queries(layer.cache.shape(), 5, 60);
   const auto before = attend_oracle(layer.cache, queries.view());
-  const auto owned = run(
-      {.gamma = 5.f, .mass_mode = MassMode::none, .sinks_absorb = true, .assigner = {.tau = 0.99f}}, layer);
+  const auto owned =
+      run({.gamma = 5.f, .mass_mode = MassMode::none, .sinks_absorb = true, .assigner = {.tau = 0.99f}}, layer);
   ASSERT_TRUE(apply(owned.plan.value(), layer.cache).ok());
   EXPECT_GT(relative_error(run_attend(layer.cache, queries.view()).out, before.out), 0.02);
 }
@@ -527,12 +516,10 @@ TEST(EvictThenMerge, ScoreRatioReproducesTheQueryThatTheScoresComeFrom) {
     }
     layer.scores.add_head(scores);
   }
-  const auto owned =
-      run({.gamma = 2.f, .mass_mode = MassMode::score_ratio, .assigner = {.tau = 0.1f}}, layer);
+  const auto owned = run({.gamma = 2.f, .mass_mode = MassMode::score_ratio, .assigner = {.tau = 0.1f}}, layer);
   const CompressionPlan& plan = owned.plan.value();
-  const auto wanted = attend_oracle(layer.cache, queries.view(), [&](Index h, Index t) {
-    return plan.fates(h)[ix(t)] != RowFate::evicted;
-  });
+  const auto wanted = attend_oracle(layer.cache, queries.view(),
+                                    [&](Index h, Index t) { return plan.fates(h)[ix(t)] != RowFate::evicted; });
   const CompressionReport report = apply(plan, layer.cache).value();
   ASSERT_GT(report.rows_merged, 30);
   ASSERT_GT(report.rows_evicted, 0);
@@ -602,8 +589,7 @@ TEST(EvictThenMerge, NamesAWorkspaceThatIsTooSmall) {
 
 TEST(EvictThenMerge, NamesAnOptionThatIsOutOfRange) {
   EXPECT_TRUE(Reducer().validate().ok());
-  for (const float bad :
-       {-1.f, std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+  for (const float bad : {-1.f, std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
     EXPECT_EQ(Reducer({.gamma = bad}).validate().argument(), "gamma");
     EXPECT_EQ(Reducer({.candidate_mass_share = bad}).validate().argument(), "candidate_mass_share");
     EXPECT_EQ(Reducer({.assigner = {.tau = bad}}).validate().argument(), "tau");

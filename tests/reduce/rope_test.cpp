@@ -54,8 +54,7 @@ class Rotation : public testing::TestWithParam<Convention> {
 TEST_P(Rotation, TurnsEachPairOfChannelsAsAComplexNumber) {
   for (const double delta : {1.0, -1.0, 17.0, 4096.0, 1e6}) {
     const Doubles wanted = rotated(Doubles(key.begin(), key.end()), rope, delta);
-    EXPECT_LT(distance(turned(key, rope, delta), std::vector<float>(wanted.begin(), wanted.end())),
-              kRounding);
+    EXPECT_LT(distance(turned(key, rope, delta), std::vector<float>(wanted.begin(), wanted.end())), kRounding);
   }
 }
 
@@ -68,8 +67,7 @@ TEST_P(Rotation, BackAndForthGivesTheKeyAgain) {
 TEST_P(Rotation, TwoTurnsAreOneTurnByTheSum) {
   for (const double a : {3.0, 5000.0, 999999.0}) {
     for (const double b : {-2.0, 40.0, -999999.0}) {
-      EXPECT_LT(distance(turned(turned(key, rope, a), rope, b), turned(key, rope, a + b)), kRounding)
-          << a << " " << b;
+      EXPECT_LT(distance(turned(turned(key, rope, a), rope, b), turned(key, rope, a + b)), kRounding) << a << " " << b;
     }
   }
 }
@@ -94,15 +92,12 @@ TEST_P(Rotation, ByNothingChangesNoBit) { EXPECT_EQ(turned(key, rope, 0.0), key)
 
 INSTANTIATE_TEST_SUITE_P(
     Conventions, Rotation,
-    testing::Values(Convention{"HalfSplit", {.kind = RopeKind::half_split}},
-                    Convention{"Adjacent", {.kind = RopeKind::adjacent}},
-                    Convention{"HalfSplitPartialLargeBase",
-                               {.kind = RopeKind::half_split, .rotary_dim = 12, .theta = 5e5}},
-                    Convention{"AdjacentPartial", {.kind = RopeKind::adjacent, .rotary_dim = 8}},
-                    Convention{"HalfSplitTable",
-                               {.kind = RopeKind::half_split, .rotary_dim = 6, .inv_freq = kFrequencies}},
-                    Convention{"AdjacentTable",
-                               {.kind = RopeKind::adjacent, .rotary_dim = 6, .inv_freq = kFrequencies}}),
+    testing::Values(
+        Convention{"HalfSplit", {.kind = RopeKind::half_split}}, Convention{"Adjacent", {.kind = RopeKind::adjacent}},
+        Convention{"HalfSplitPartialLargeBase", {.kind = RopeKind::half_split, .rotary_dim = 12, .theta = 5e5}},
+        Convention{"AdjacentPartial", {.kind = RopeKind::adjacent, .rotary_dim = 8}},
+        Convention{"HalfSplitTable", {.kind = RopeKind::half_split, .rotary_dim = 6, .inv_freq = kFrequencies}},
+        Convention{"AdjacentTable", {.kind = RopeKind::adjacent, .rotary_dim = 6, .inv_freq = kFrequencies}}),
     [](const auto& c) { return c.param.name; });
 
 TEST(Rope, ConventionsPairDifferentChannels) {

@@ -72,12 +72,10 @@ Result<std::vector<RowId>> assign(const V& view, const Problem& problem, ZeroCla
   const ZeroClassBatcher batcher(options);
   const ClassProblem p = problem.view();
   std::vector<RowId> classes(ix(view.shape().kv_heads * p.max_candidates), RowId{-77});
-  const std::size_t bytes =
-      ZeroClassBatcher::workspace_bytes(view.shape(), p.max_candidates, executor.concurrency());
+  const std::size_t bytes = ZeroClassBatcher::workspace_bytes(view.shape(), p.max_candidates, executor.concurrency());
   WorkspaceBuffer memory;
   if (Status bad = memory.reserve(bytes); !bad.ok()) return bad;
-  if (Status bad = batcher.assign(view, p, classes, memory.get().first(bytes), executor); !bad.ok())
-    return bad;
+  if (Status bad = batcher.assign(view, p, classes, memory.get().first(bytes), executor); !bad.ok()) return bad;
   return classes;
 }
 
@@ -107,11 +105,11 @@ void expect_oracle_classes(const V& view, const Problem& problem, ZeroClassBatch
 }
 
 /// A cache of one head whose keys and values are given.
-RaggedCache<> cache_of(const std::vector<std::vector<float>>& keys,
-                       const std::vector<std::vector<float>>& values, Rope rope = {}) {
+RaggedCache<> cache_of(const std::vector<std::vector<float>>& keys, const std::vector<std::vector<float>>& values,
+                       Rope rope = {}) {
   const auto rows = static_cast<Index>(keys.size());
-  auto cache = make_cache({1, 1, static_cast<Index>(keys[0].size()), static_cast<Index>(values[0].size())},
-                          rows, 1, rope);
+  auto cache =
+      make_cache({1, 1, static_cast<Index>(keys[0].size()), static_cast<Index>(values[0].size())}, rows, 1, rope);
   for (Index t = 0; t < rows; ++t) {
     cache.write_key(0, t, keys[ix(t)]);
     cache.write_value(0, t, values[ix(t)]);
@@ -156,8 +154,7 @@ INSTANTIATE_TEST_SUITE_P(
     Sizes, ZeroClassBatcherSweep,
     testing::Values(Case{"OneRowOneCentre", 8, 8, {{1, 1}}}, Case{"JustBelowTheTiles", 16, 8, {{63, 127}}},
                     Case{"FullTiles", 8, 16, {{64, 128}}}, Case{"OneMoreThanTheTiles", 16, 12, {{65, 129}}},
-                    Case{"SeveralTiles", 4, 6, {{150, 260}}},
-                    Case{"KeysWiderThanTheDepthTile", 300, 7, {{20, 30}}},
+                    Case{"SeveralTiles", 4, 6, {{150, 260}}}, Case{"KeysWiderThanTheDepthTile", 300, 7, {{20, 30}}},
                     Case{"HeadsOfUnequalSize", 16, 24, {{5, 9}, {70, 20}, {1, 140}, {64, 1}}},
                     Case{"AHeadWithoutCandidates", 8, 8, {{6, 4}, {0, 12}, {66, 3}}},
                     Case{"AHeadWithoutCentres", 8, 8, {{6, 4}, {12, 0}}},
@@ -201,8 +198,7 @@ TEST(ZeroClassBatcher, ZeroVectorsAreLikeNothingNotEvenEachOther) {
 TEST(ZeroClassBatcher, ATieWithTauIsTheZeroClass) {
   const auto cache = cache_of({{1, 0, 0, 0}, {1, 1, 1, 1}}, {{2, 0}, {4, 0}});  // cosines 1/2 and 1
   EXPECT_EQ(assign(cache, Problem({1}, {0}), {.tau = 0.5f}).value(), std::vector<RowId>{0});
-  EXPECT_EQ(assign(cache, Problem({1}, {0}), {.tau = std::nextafter(0.5f, 0.f)}).value(),
-            std::vector<RowId>{1});
+  EXPECT_EQ(assign(cache, Problem({1}, {0}), {.tau = std::nextafter(0.5f, 0.f)}).value(), std::vector<RowId>{1});
 }
 
 TEST(ZeroClassBatcher, NothingIsMoreAlikeThanTauOne) {
@@ -270,19 +266,17 @@ TEST_P(UnrotatedKeySpace, RecognisesAContentWhereverItStands) {
     cache.write_value(0, row, value);
   }
   const Problem problem({candidate}, {3});
-  EXPECT_EQ(assign(cache, problem, {.tau = 0.999f, .key_space = KeySpace::unrotated}).value(),
-            std::vector<RowId>{1});
+  EXPECT_EQ(assign(cache, problem, {.tau = 0.999f, .key_space = KeySpace::unrotated}).value(), std::vector<RowId>{1});
   const bool rotates = rope.kind == RopeKind::half_split || rope.kind == RopeKind::adjacent;
   EXPECT_EQ(assign(cache, problem, {.tau = 0.999f}).value(), std::vector<RowId>{rotates ? 0 : 1});
 }
 
 constexpr float kFrequencies[] = {1.f, 0.4f, 0.09f};
-INSTANTIATE_TEST_SUITE_P(
-    Conventions, UnrotatedKeySpace,
-    testing::Values(Rope{.kind = RopeKind::half_split}, Rope{.kind = RopeKind::adjacent},
-                    Rope{.kind = RopeKind::half_split, .rotary_dim = 8, .theta = 500.0},
-                    Rope{.kind = RopeKind::adjacent, .rotary_dim = 6, .inv_freq = kFrequencies},
-                    Rope{.kind = RopeKind::pre_rope}, Rope{.kind = RopeKind::none}));
+INSTANTIATE_TEST_SUITE_P(Conventions, UnrotatedKeySpace,
+                         testing::Values(Rope{.kind = RopeKind::half_split}, Rope{.kind = RopeKind::adjacent},
+                                         Rope{.kind = RopeKind::half_split, .rotary_dim = 8, .theta = 500.0},
+                                         Rope{.kind = RopeKind::adjacent, .rotary_dim = 6, .inv_freq = kFrequencies},
+                                         Rope{.kind = RopeKind::pre_rope}, Rope{.kind = RopeKind::none}));
 
 TEST(ZeroClassBatcher, RefusesToUnrotateWhatIsNotKnown) {
   const auto cache = make_cache({1, 1, 8, 8}, 10);
@@ -298,8 +292,8 @@ class NotFiniteRow : public testing::TestWithParam<float> {};
 TEST_P(NotFiniteRow, IsNamedWithItsHead) {
   const Problem problem(Sizes{{70, 130}, {70, 130}});
   for (const Index head : {0, 1}) {
-    for (const RowId row : {problem.candidates(0).front(), problem.candidates(0).back(),
-                            problem.centres(0).front(), problem.centres(0).back()}) {
+    for (const RowId row : {problem.candidates(0).front(), problem.candidates(0).back(), problem.centres(0).front(),
+                            problem.centres(0).back()}) {
       SCOPED_TRACE(row);
       auto cache = make_cache({2, 1, 8, 6}, 200);
       std::vector<float> bad(8, 1.f);
@@ -336,8 +330,7 @@ TEST(ZeroClassBatcher, NamesAWorkspaceThatIsTooSmall) {
 }
 
 TEST(ZeroClassBatcher, TauIsASimilarity) {
-  for (const float good : {0.f, 0.3f, 1.f})
-    EXPECT_TRUE(ZeroClassBatcher::Options{.tau = good}.validate().ok());
+  for (const float good : {0.f, 0.3f, 1.f}) EXPECT_TRUE(ZeroClassBatcher::Options{.tau = good}.validate().ok());
   for (const float bad : {-0.1f, 1.1f, std::numeric_limits<float>::quiet_NaN()}) {
     EXPECT_EQ(ZeroClassBatcher::Options{.tau = bad}.validate().argument(), "tau");
   }

@@ -33,8 +33,8 @@ class BaselineSweep : public testing::TestWithParam<Sizes> {
 TEST_P(BaselineSweep, H2oSumsTheAttentionOfAllQueries) {
   for (const Index stride : {1, 5}) {
     const H2oScorer::Options options{.recent = s_.rows / 4, .query_stride = stride};
-    EXPECT_TRUE(close_to(run_score(H2oScorer(options), cache_, owned_.view()),
-                         h2o_oracle(cache_, owned_.view(), options)));
+    EXPECT_TRUE(
+        close_to(run_score(H2oScorer(options), cache_, owned_.view()), h2o_oracle(cache_, owned_.view(), options)));
   }
 }
 
@@ -52,8 +52,7 @@ TEST_P(BaselineSweep, TovaAveragesTheLastQueryOverAllHeads) {
   const Scored scored = run_score(TovaScorer{}, cache_, owned_.view());
   EXPECT_TRUE(close_to(scored, tova_oracle(cache_, owned_.view())));
   for (Index h = 1; h < s_.heads; ++h) {
-    EXPECT_TRUE(
-        std::equal(scored.score.begin(), scored.score.begin() + s_.rows, scored.score.begin() + h * s_.rows));
+    EXPECT_TRUE(std::equal(scored.score.begin(), scored.score.begin() + s_.rows, scored.score.begin() + h * s_.rows));
   }
 }
 
@@ -85,8 +84,7 @@ TEST(Baselines, ProtectRecentRowsByMarksAlone) {
   const LayerShape shape{1, 1, 8, 4};
   const auto cache = make_cache(shape, 50);
   const OwnedQueries owned = make_queries(shape, 50, 50);
-  EXPECT_EQ(protected_rows(run_score(H2oScorer(H2oScorer::Options::for_budget(21)), cache, owned.view())),
-            10);
+  EXPECT_EQ(protected_rows(run_score(H2oScorer(H2oScorer::Options::for_budget(21)), cache, owned.view())), 10);
   EXPECT_EQ(protected_rows(run_score(SnapKvScorer{}, cache, owned.view())), 32);
   EXPECT_EQ(protected_rows(run_score(TovaScorer{}, cache, owned.view())), 0);
   EXPECT_EQ(protected_rows(run_score(H2oScorer({.recent = 1000}), cache, owned.view())), 50);
@@ -113,8 +111,7 @@ TEST(Baselines, ScoreHeadsOfUnequalSizeApart) {
   cache.resize(1, 30);
   const OwnedQueries owned = make_queries(shape, 50, 50);
   EXPECT_TRUE(close_to(run_score(H2oScorer{}, cache, owned.view()), h2o_oracle(cache, owned.view(), {})));
-  EXPECT_TRUE(
-      close_to(run_score(SnapKvScorer{}, cache, owned.view()), snap_kv_oracle(cache, owned.view(), {})));
+  EXPECT_TRUE(close_to(run_score(SnapKvScorer{}, cache, owned.view()), snap_kv_oracle(cache, owned.view(), {})));
 }
 
 // --- Pools -----------------------------------------------------------------------------------------------------
@@ -185,8 +182,8 @@ TEST(Baselines, RefuseTooSmallAWorkspace) {
     Scored scored = run_score(scorer, cache, owned.view());
     SerialExecutor serial;
     std::vector<std::byte> memory(scorer.workspace_bytes(cache, owned.view(), 1) - 65);
-    EXPECT_TRUE(says(scorer.score(cache, owned.view(), scored.table(), memory, serial),
-                     StatusCode::workspace_too_small, "workspace"));
+    EXPECT_TRUE(says(scorer.score(cache, owned.view(), scored.table(), memory, serial), StatusCode::workspace_too_small,
+                     "workspace"));
   };
   check(H2oScorer{});
   check(SnapKvScorer{});

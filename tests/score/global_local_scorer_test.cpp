@@ -101,8 +101,8 @@ TEST(GlobalLocalScorer, TakesQueriesOfTheWindowOnlyOrOfLaterPositions) {
   const auto cache = make_cache(shape, 140);
   for (const Index rows : {1, 20, 32, 50}) {
     const OwnedQueries owned = make_queries(shape, rows, 160);  // decoding went on: all rows are visible
-    EXPECT_TRUE(close_to(run_score(GlobalLocalScorer{}, cache, owned.view()),
-                         global_local_oracle(cache, owned.view(), {})));
+    EXPECT_TRUE(
+        close_to(run_score(GlobalLocalScorer{}, cache, owned.view()), global_local_oracle(cache, owned.view(), {})));
   }
 }
 
@@ -117,8 +117,8 @@ TYPED_TEST(GlobalLocalScorerStorage, IsReadWithFp32Sums) {
   const LayerShape shape{2, 2, 64, 4};
   const auto cache = make_cache<TypeParam>(shape, 300);
   const OwnedQueries owned = make_queries(shape, 300, 300);
-  EXPECT_TRUE(close_to(run_score(GlobalLocalScorer{}, cache, owned.view()),
-                       global_local_oracle(cache, owned.view(), {})));
+  EXPECT_TRUE(
+      close_to(run_score(GlobalLocalScorer{}, cache, owned.view()), global_local_oracle(cache, owned.view(), {})));
 }
 
 TYPED_TEST(GlobalLocalScorerStorage, InAnyLayoutGivesTheSameBits) {
@@ -137,8 +137,7 @@ TYPED_TEST(GlobalLocalScorerStorage, InAnyLayoutGivesTheSameBits) {
       for (Index t = 0; t < T; ++t) {
         cache.read_keys(h, t, 1, row);
         for (Index d = 0; d < D; ++d) {
-          nth(keys, h * strides.head + t * strides.token + d * strides.dim) =
-              from_float<TypeParam>(nth(row, d));
+          nth(keys, h * strides.head + t * strides.token + d * strides.dim) = from_float<TypeParam>(nth(row, d));
         }
       }
     }
@@ -208,8 +207,7 @@ TEST(GlobalLocalScorer, AlignsEveryTermToTheMeanOfTheLocalOneOverEvictableRows) 
     for (Index h = 0; h < 2; ++h) {
       const Numbers score(scored.score.begin() + h * 200, scored.score.begin() + (h + 1) * 200);
       // alpha * glo, loc, and beta times the aligned spans: each has loc's mean.
-      EXPECT_NEAR(sum_over(score, rows) / sum_over(nth(local, h), rows),
-                  2.0 + static_cast<double>(span_weight), 1e-4);
+      EXPECT_NEAR(sum_over(score, rows) / sum_over(nth(local, h), rows), 2.0 + static_cast<double>(span_weight), 1e-4);
     }
   }
 }
@@ -217,13 +215,10 @@ TEST(GlobalLocalScorer, AlignsEveryTermToTheMeanOfTheLocalOneOverEvictableRows) 
 TEST(GlobalLocalScorer, ProtectsTheFirstAndTheLastRowsByMarksAlone) {
   const LayerShape shape{1, 1, 8, 4};
   const auto cache = make_cache(shape, 20);
-  const Scored scored = run_score(GlobalLocalScorer({.protect = {.sinks = 3, .recent = 5}}), cache,
-                                  make_queries(shape, 20, 20).view());
+  const Scored scored =
+      run_score(GlobalLocalScorer({.protect = {.sinks = 3, .recent = 5}}), cache, make_queries(shape, 20, 20).view());
   for (std::size_t t = 0; t < 20; ++t) {
-    EXPECT_EQ(scored.protection[t], t < 3    ? Protection::sink
-                                    : t < 15 ? Protection::none
-                                             : Protection::recent)
-        << t;
+    EXPECT_EQ(scored.protection[t], t < 3 ? Protection::sink : t < 15 ? Protection::none : Protection::recent) << t;
   }
   EXPECT_LT(*std::max_element(scored.score.begin(), scored.score.end()), 20.f * 20.f);
 }
@@ -244,11 +239,9 @@ using Scores = std::vector<float>;
 
 TEST(GlobalLocalScorer, TakesTheLargerOfTheAlignedTerms) {
   // mean(loc) = 2, mean(glo) = 4: alpha = 1/2.
-  EXPECT_EQ(score_columns({8, 6, 2, 0}, {1, 1, 2, 4}, {.protect = {}, .span_weight = 0.f}),
-            (Scores{4, 3, 2, 4}));
-  EXPECT_EQ(
-      score_columns({8, 6, 2, 0}, {1, 1, 2, 4}, {.protect = {}, .combine = Combine::sum, .span_weight = 0.f}),
-      (Scores{5, 4, 3, 4}));
+  EXPECT_EQ(score_columns({8, 6, 2, 0}, {1, 1, 2, 4}, {.protect = {}, .span_weight = 0.f}), (Scores{4, 3, 2, 4}));
+  EXPECT_EQ(score_columns({8, 6, 2, 0}, {1, 1, 2, 4}, {.protect = {}, .combine = Combine::sum, .span_weight = 0.f}),
+            (Scores{5, 4, 3, 4}));
 }
 
 TEST(GlobalLocalScorer, SpansGiveAFoundRowItsNeighbours) {
@@ -265,12 +258,10 @@ TEST(GlobalLocalScorer, SinksAndRecentRowsTakeNoPartInAlignment) {
 TEST(GlobalLocalScorer, SinksAndRecentRowsDoNotSpillIntoPools) {
   const Protect protect{.sinks = 2, .recent = 1};
   const Scores local{100, 50, 3, 0, 3, 80}, none(6, 0.f);
-  EXPECT_EQ(score_columns(none, local,
-                          {.protect = protect, .span_weight = 0.f, .local_pool = {PoolKind::average, 3}}),
+  EXPECT_EQ(score_columns(none, local, {.protect = protect, .span_weight = 0.f, .local_pool = {PoolKind::average, 3}}),
             (Scores{100, 50, 1.5f, 2, 1.5f, 80}));
-  EXPECT_EQ(
-      score_columns(none, local, {.protect = protect, .span_weight = 0.f, .score_pool = {PoolKind::max, 3}}),
-      (Scores{100, 50, 3, 3, 3, 80}));
+  EXPECT_EQ(score_columns(none, local, {.protect = protect, .span_weight = 0.f, .score_pool = {PoolKind::max, 3}}),
+            (Scores{100, 50, 3, 3, 3, 80}));
   EXPECT_EQ(score_columns(none, local, {.protect = protect, .span_weight = 1.f, .span_width = 5}),
             (Scores{100, 50, 3, 2, 3, 80}));
 }
@@ -284,10 +275,8 @@ TEST(GlobalLocalScorer, ScoresZeroWhereNothingWasLookedAt) {
   const LayerShape shape{1, 1, 8, 4};
   OwnedQueries owned = make_queries(shape, 3, 20);
   owned.positions = {-3, -2, -1};  // before all rows
-  EXPECT_EQ(
-      run_score(GlobalLocalScorer({.normalise = Normalise::lifetime}), make_cache(shape, 20), owned.view())
-          .score,
-      zeros);
+  EXPECT_EQ(run_score(GlobalLocalScorer({.normalise = Normalise::lifetime}), make_cache(shape, 20), owned.view()).score,
+            zeros);
 }
 
 TEST(GlobalLocalScorer, LeavesTermsAsTheyAreWhereNothingCanBeAligned) {
@@ -297,8 +286,7 @@ TEST(GlobalLocalScorer, LeavesTermsAsTheyAreWhereNothingCanBeAligned) {
 }
 
 TEST(GlobalLocalScorer, AlignsSumsThatAreNextToNothing) {
-  EXPECT_TRUE(close_to(score_columns({0, 1e-42f, 0}, {1, 1, 1}, {.protect = {}, .span_weight = 0.f}),
-                       Scores{1, 3, 1}));
+  EXPECT_TRUE(close_to(score_columns({0, 1e-42f, 0}, {1, 1, 1}, {.protect = {}, .span_weight = 0.f}), Scores{1, 3, 1}));
 }
 
 // --- What is refused -------------------------------------------------------------------------------------------
@@ -320,13 +308,11 @@ TEST(GlobalLocalScorer, RefusesOptionsThatAreOutOfRange) {
     EXPECT_TRUE(refused({.protect = {.sinks = rows}}, "sinks"));
     EXPECT_TRUE(refused({.protect = {.recent = rows}}, "recent"));
   }
-  for (const float weight : {-0.1f, kNaN, kInfinity})
-    EXPECT_TRUE(refused({.span_weight = weight}, "span_weight"));
+  for (const float weight : {-0.1f, kNaN, kInfinity}) EXPECT_TRUE(refused({.span_weight = weight}, "span_weight"));
   EXPECT_TRUE(refused({.span_width = 12}, "span_width"));
   EXPECT_TRUE(refused({.local_pool = {PoolKind::none, 2}}, "pool"));
   EXPECT_TRUE(refused({.score_pool = {PoolKind::average, 4}}, "pool"));
-  for (const auto& [name, options] : kVariants)
-    EXPECT_TRUE(GlobalLocalScorer(options).validate().ok()) << name;
+  for (const auto& [name, options] : kVariants) EXPECT_TRUE(GlobalLocalScorer(options).validate().ok()) << name;
 }
 
 /// A call whose workspace and table can be spoiled.
@@ -344,8 +330,8 @@ class GlobalLocalScorerCall : public testing::Test {
   Status make(std::size_t missing_bytes = 0) {
     SerialExecutor serial;
     const ScoreTable table{offset_, score_, protection_};
-    return scorer_.score(cache_, owned_.view(), table,
-                         std::span(memory_).first(memory_.size() - missing_bytes), serial);
+    return scorer_.score(cache_, owned_.view(), table, std::span(memory_).first(memory_.size() - missing_bytes),
+                         serial);
   }
 };
 

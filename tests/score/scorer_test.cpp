@@ -16,10 +16,7 @@ std::string marks(Protect protect, std::size_t rows) {
   protect.mark(protection);
   std::string letters;
   for (const Protection p : protection) {
-    letters += p == Protection::sink     ? 's'
-               : p == Protection::recent ? 'r'
-               : p == Protection::none   ? '.'
-                                         : '?';
+    letters += p == Protection::sink ? 's' : p == Protection::recent ? 'r' : p == Protection::none ? '.' : '?';
   }
   return letters;
 }

@@ -14,8 +14,7 @@ namespace {
 TEST(StreamingLlm, ScoresLaterRowsHigher) {
   auto cache = make_cache({3, 1, 4, 4}, 50);
   cache.resize(1, 7);
-  EXPECT_TRUE(
-      close_to(run_score(StreamingLlmScorer{}, cache, NoEvidence{}), streaming_llm_oracle(cache), 0.0));
+  EXPECT_TRUE(close_to(run_score(StreamingLlmScorer{}, cache, NoEvidence{}), streaming_llm_oracle(cache), 0.0));
 }
 
 TEST(StreamingLlm, KeepsTheFirstSAndTheLastRowsOfAnyBudget) {

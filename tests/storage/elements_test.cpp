@@ -45,9 +45,8 @@ double value_of(unsigned bits) {
   const int bias = (1 << (Format<T>::kExponentBits - 1)) - 1;
   const int exponent = static_cast<int>(magnitude >> mantissa_bits);
   const int mantissa = static_cast<int>(magnitude & ((1u << mantissa_bits) - 1));
-  const double absolute = exponent == 0
-                              ? std::ldexp(mantissa, 1 - bias - mantissa_bits)
-                              : std::ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits);
+  const double absolute = exponent == 0 ? std::ldexp(mantissa, 1 - bias - mantissa_bits)
+                                        : std::ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits);
   return (bits & 0x8000u) != 0 ? -absolute : absolute;
 }
 
@@ -84,8 +83,7 @@ TYPED_TEST(SixteenBitElement, NansReadWithSignAndPayload) {
   for (const unsigned sign : {0u, 0x8000u}) {
     for (unsigned bits = kInfinityBits<TypeParam> + 1; bits <= 0x7fffu; ++bits) {
       const unsigned payload = bits - kInfinityBits<TypeParam>;
-      ASSERT_EQ(bits_of(to_float(from_bits<TypeParam>(sign | bits))),
-                sign << 16 | 0x7f800000u | payload << widened)
+      ASSERT_EQ(bits_of(to_float(from_bits<TypeParam>(sign | bits))), sign << 16 | 0x7f800000u | payload << widened)
           << std::hex << bits;
     }
   }
@@ -225,8 +223,7 @@ TYPED_TEST(ElementRows, StoreConvertsAsManyAsAskedForAndNoMore) {
     for (std::size_t n = 0; n <= 41; ++n) {
       std::vector<TypeParam> out(n + 2, untouched);
       store_floats(floats.data() + start, static_cast<Index>(n), out.data());
-      for (std::size_t i = 0; i < n; ++i)
-        ASSERT_EQ(out[i], from_float<TypeParam>(floats[start + i])) << n << " " << i;
+      for (std::size_t i = 0; i < n; ++i) ASSERT_EQ(out[i], from_float<TypeParam>(floats[start + i])) << n << " " << i;
       ASSERT_EQ(out[n], untouched) << n;
     }
   }

@@ -43,9 +43,7 @@ std::size_t at(Index i) { return static_cast<std::size_t>(i); }
 
 /// Exact in every element type.
 float key_of(Index h, Index t, Index d) { return static_cast<float>((h * 59 + t * 7 + d) % 255 - 127); }
-float value_of(Index h, Index t, Index d) {
-  return static_cast<float>((h * 83 + t * 11 + d) % 255 - 127) / 2.f;
-}
+float value_of(Index h, Index t, Index d) { return static_cast<float>((h * 83 + t * 11 + d) % 255 - 127) / 2.f; }
 
 /// New rows [first, first + n) as an engine lays them out.
 struct NewRows {
@@ -64,8 +62,7 @@ struct NewRows {
           keys[at(h * key_order.head + i * key_order.token + d * key_order.dim)] = key_of(h, first + i, d);
         }
         for (Index d = 0; d < kShape.value_dim; ++d) {
-          values[at(h * value_order.head + i * value_order.token + d * value_order.dim)] =
-              value_of(h, first + i, d);
+          values[at(h * value_order.head + i * value_order.token + d * value_order.dim)] = value_of(h, first + i, d);
         }
       }
     }
@@ -96,8 +93,7 @@ void expect_rows(const View& view, Index h, const std::vector<Index>& rows) {
     const Index t = rows[at(i)];
     view.read_keys(h, i, 1, key);
     view.read_values(h, i, 1, value);
-    for (Index d = 0; d < kShape.key_dim; ++d)
-      ASSERT_EQ(key[at(d)], key_of(h, t, d)) << h << " " << i << " " << d;
+    for (Index d = 0; d < kShape.key_dim; ++d) ASSERT_EQ(key[at(d)], key_of(h, t, d)) << h << " " << i << " " << d;
     for (Index d = 0; d < kShape.value_dim; ++d)
       ASSERT_EQ(value[at(d)], value_of(h, t, d)) << h << " " << i << " " << d;
     ASSERT_EQ(view.position(h, i), t);
@@ -145,15 +141,13 @@ class RaggedCacheTest : public testing::Test {
     return cache;
   }
 };
-using ElementPairs =
-    testing::Types<Elements<float, float>, Elements<Float16, Float16>, Elements<BFloat16, float>>;
+using ElementPairs = testing::Types<Elements<float, float>, Elements<Float16, Float16>, Elements<BFloat16, float>>;
 TYPED_TEST_SUITE(RaggedCacheTest, ElementPairs, ElementsName);
 
 TYPED_TEST(RaggedCacheTest, ModelsTheWholeContract) {
   using Tested = typename TestFixture::Cache;
   static_assert(MutableKVCacheView<Tested>);
-  static_assert(HasWritableLogMass<Tested> && HasRope<Tested> && HasRowBytes<Tested> &&
-                HasContiguousRows<Tested>);
+  static_assert(HasWritableLogMass<Tested> && HasRope<Tested> && HasRowBytes<Tested> && HasContiguousRows<Tested>);
   static_assert(!std::copyable<Tested> && std::movable<Tested>);
   const auto cache = Tested::create(kShape);
   ASSERT_TRUE(cache.ok());
@@ -345,8 +339,7 @@ TYPED_TEST(RaggedCacheTest, MoveRowCopiesBitsNanPayloadsIncluded) {
     EXPECT_EQ(std::bit_cast<std::uint32_t>(moved_key[d]), std::bit_cast<std::uint32_t>(stored_key[d])) << d;
   }
   for (std::size_t d = 0; d < value.size(); ++d) {
-    EXPECT_EQ(std::bit_cast<std::uint32_t>(moved_value[d]), std::bit_cast<std::uint32_t>(stored_value[d]))
-        << d;
+    EXPECT_EQ(std::bit_cast<std::uint32_t>(moved_value[d]), std::bit_cast<std::uint32_t>(stored_value[d])) << d;
   }
   EXPECT_EQ(cache.position(1, 0), 3);
   EXPECT_EQ(cache.log_mass(1, 0), 2.5f);
@@ -420,9 +413,8 @@ TYPED_TEST(RaggedCacheTest, TheLargestSizesDoNotOverflow) {
   ASSERT_TRUE(cache.ok());
   CountingMemory::fail_from = 0;
   EXPECT_EQ(cache->reserve(kMaxRows).code(), StatusCode::out_of_memory);
-  EXPECT_EQ(CountingMemory::largest_request, static_cast<std::size_t>(kMaxRows) *
-                                                 static_cast<std::size_t>(kMaxWidth) *
-                                                 sizeof(typename TypeParam::Key));
+  EXPECT_EQ(CountingMemory::largest_request,
+            static_cast<std::size_t>(kMaxRows) * static_cast<std::size_t>(kMaxWidth) * sizeof(typename TypeParam::Key));
 }
 
 }  // namespace

@@ -32,8 +32,7 @@ template <KVCacheView V, class Predicate>
       std::vector<std::pair<Index, double>> logits;  // row, logit
       double most = -std::numeric_limits<double>::infinity();
       for (Index t = 0; t < view.size(h); ++t) {
-        if (view.position(h, t) > queries.positions[static_cast<std::size_t>(i)] || !takes_part(h, t))
-          continue;
+        if (view.position(h, t) > queries.positions[static_cast<std::size_t>(i)] || !takes_part(h, t)) continue;
         view.read_keys(h, t, 1, key);
         double dot = 0.0;
         for (std::size_t d = 0; d < D; ++d) {
@@ -76,8 +75,7 @@ template <KVCacheView V, Executor X = SerialExecutor>
                             .head_stride = queries.rows() * shape.value_dim,
                             .row_stride = shape.value_dim,
                             .log_sum_exp = result.log_sum_exp};
-  if (!memory.reserve(bytes).ok() || !attend(view, queries, out, memory.get().first(bytes), executor).ok())
-    return {};
+  if (!memory.reserve(bytes).ok() || !attend(view, queries, out, memory.get().first(bytes), executor).ok()) return {};
   return result;
 }
 

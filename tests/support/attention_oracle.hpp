@@ -82,8 +82,8 @@ template <KVCacheView V>
   std::vector<float> result(static_cast<std::size_t>(shape.query_heads() * queries.rows()));
   std::vector<float> out(result.size() * static_cast<std::size_t>(shape.value_dim));
   std::vector<std::byte> memory(attend_workspace_bytes(shape, 1));
-  const Status status = attend(
-      view, queries, {out.data(), queries.rows() * shape.value_dim, shape.value_dim, result}, memory, serial);
+  const Status status =
+      attend(view, queries, {out.data(), queries.rows() * shape.value_dim, shape.value_dim, result}, memory, serial);
   EXPECT_TRUE(status.ok()) << status.detail();
   return result;
 }
@@ -103,8 +103,8 @@ struct OracleColumns {
 }
 
 template <KVCacheView V>
-[[nodiscard]] OracleColumns columns_oracle(const V& view, const QueryRows& queries,
-                                           const AttentionTable& attention, Index window, Index stride = 1) {
+[[nodiscard]] OracleColumns columns_oracle(const V& view, const QueryRows& queries, const AttentionTable& attention,
+                                           Index window, Index stride = 1) {
   const LayerShape shape = view.shape();
   OracleColumns columns;
   for (Index q = 0; q < shape.query_heads(); ++q) {
@@ -128,8 +128,7 @@ template <KVCacheView V>
 }
 
 template <KVCacheView V>
-[[nodiscard]] OracleColumns columns_oracle(const V& view, const QueryRows& queries, Index window,
-                                           Index stride = 1) {
+[[nodiscard]] OracleColumns columns_oracle(const V& view, const QueryRows& queries, Index window, Index stride = 1) {
   return columns_oracle(view, queries, attention_oracle(view, queries), window, stride);
 }
 
@@ -169,8 +168,7 @@ struct Evictable {
   for (Index j = rows.first; j < rows.end; ++j) {
     double sum = 0.0, most = 0.0;
     Index count = 0;
-    for (Index k = std::max(rows.first, j - pool.width / 2); k < std::min(rows.end, j + pool.width / 2 + 1);
-         ++k) {
+    for (Index k = std::max(rows.first, j - pool.width / 2); k < std::min(rows.end, j + pool.width / 2 + 1); ++k) {
       sum += nth(x, k);
       most = std::max(most, nth(x, k));
       ++count;
@@ -207,8 +205,7 @@ struct Evictable {
   if (o.span_weight > 0.f) {
     const Numbers spans = pooled(loc, rows, {PoolKind::average, o.span_width});
     const double beta = static_cast<double>(o.span_weight) * alignment_oracle(loc, spans, rows);
-    for (Index j = rows.first; j < rows.end; ++j)
-      nth(score, j) = combine(nth(score, j), beta * nth(spans, j));
+    for (Index j = rows.first; j < rows.end; ++j) nth(score, j) = combine(nth(score, j), beta * nth(spans, j));
   }
   return pooled(score, rows, o.score_pool);
 }
@@ -228,14 +225,12 @@ struct Evictable {
 template <KVCacheView V>
 [[nodiscard]] std::vector<Numbers> global_local_oracle(const V& view, const QueryRows& queries,
                                                        const GlobalLocalScorer::Options& o) {
-  return global_local_oracle(columns_oracle(view, queries, o.window, o.query_stride), view.shape().group_size,
-                             o);
+  return global_local_oracle(columns_oracle(view, queries, o.window, o.query_stride), view.shape().group_size, o);
 }
 
 /// H2O: attention from all queries; those before the last 32 may be sampled.
 template <KVCacheView V>
-[[nodiscard]] std::vector<Numbers> h2o_oracle(const V& view, const QueryRows& queries,
-                                              const H2oScorer::Options& o) {
+[[nodiscard]] std::vector<Numbers> h2o_oracle(const V& view, const QueryRows& queries, const H2oScorer::Options& o) {
   const auto columns = columns_oracle(view, queries, 32, o.query_stride);
   return over_group(columns.global, view.shape().group_size, GroupReduction::mean);
 }
@@ -254,8 +249,7 @@ template <KVCacheView V>
 template <KVCacheView V>
 [[nodiscard]] std::vector<Numbers> tova_oracle(const V& view, const QueryRows& queries) {
   const Numbers mean =
-      over_group(columns_oracle(view, queries, 1).local, view.shape().query_heads(), GroupReduction::mean)
-          .front();
+      over_group(columns_oracle(view, queries, 1).local, view.shape().query_heads(), GroupReduction::mean).front();
   return std::vector<Numbers>(static_cast<std::size_t>(view.shape().kv_heads), mean);
 }
 
@@ -284,11 +278,9 @@ struct Scored {
 
 /// Runs a scorer in exactly the memory that it asks for, none of it aligned. Scores are poisoned first.
 template <class Scorer, KVCacheView V, class Evidence, class X = SerialExecutor>
-[[nodiscard]] Scored run_score(const Scorer& scorer, const V& view, const Evidence& evidence,
-                               X&& executor = {}) {
+[[nodiscard]] Scored run_score(const Scorer& scorer, const V& view, const Evidence& evidence, X&& executor = {}) {
   Scored scored;
-  for (Index h = 0; h < view.shape().kv_heads; ++h)
-    scored.offset.push_back(scored.offset.back() + view.size(h));
+  for (Index h = 0; h < view.shape().kv_heads; ++h) scored.offset.push_back(scored.offset.back() + view.size(h));
   scored.score.assign(static_cast<std::size_t>(scored.offset.back()), -77.f);
   scored.protection.assign(scored.score.size(), Protection{77});
   const std::size_t bytes = scorer.workspace_bytes(view, evidence, executor.concurrency());
@@ -314,8 +306,7 @@ template <class Got, class Wanted>
   for (std::size_t i = 0; i < got.size(); ++i) {
     const auto x = static_cast<double>(got[i]), y = static_cast<double>(wanted[i]);
     if (!(std::abs(x - y) <= share * largest)) {
-      return testing::AssertionFailure()
-             << "number " << i << " is " << x << " for " << y << ", largest " << largest;
+      return testing::AssertionFailure() << "number " << i << " is " << x << " for " << y << ", largest " << largest;
     }
   }
   return testing::AssertionSuccess();
@@ -323,14 +314,12 @@ template <class Got, class Wanted>
 
 [[nodiscard]] inline testing::AssertionResult close_to(const Scored& got, const std::vector<Numbers>& wanted,
                                                        double share = 1e-5) {
-  if (!got.status.ok())
-    return testing::AssertionFailure() << got.status.argument() << ": " << got.status.detail();
+  if (!got.status.ok()) return testing::AssertionFailure() << got.status.argument() << ": " << got.status.detail();
   return close_to(got.score, flat(wanted), share);
 }
 
 /// Whether a status has this code and names this argument.
-[[nodiscard]] inline testing::AssertionResult says(const Status& status, StatusCode code,
-                                                   std::string_view argument) {
+[[nodiscard]] inline testing::AssertionResult says(const Status& status, StatusCode code, std::string_view argument) {
   if (status.code() == code && status.argument() == argument && !status.detail().empty()) {
     return testing::AssertionSuccess();
   }

@@ -37,13 +37,15 @@ class Random {
 }
 
 /// Rows that lie around a few directions, so that some are redundant: [rows][width].
-[[nodiscard]] inline std::vector<float> clustered_rows(Index rows, Index width, Index clusters, float noise, Random& random) {
+[[nodiscard]] inline std::vector<float> clustered_rows(Index rows, Index width, Index clusters, float noise,
+                                                       Random& random) {
   const std::vector<float> centres = normals(clusters * width, random);
   std::vector<float> out(static_cast<std::size_t>(rows * width));
   for (Index t = 0; t < rows; ++t) {
     const Index c = random.below(clusters);
     for (Index d = 0; d < width; ++d) {
-      out[static_cast<std::size_t>(t * width + d)] = centres[static_cast<std::size_t>(c * width + d)] + noise * random.normal();
+      out[static_cast<std::size_t>(t * width + d)] =
+          centres[static_cast<std::size_t>(c * width + d)] + noise * random.normal();
     }
   }
   return out;

@@ -79,8 +79,7 @@ struct OracleTiers {
 };
 
 /// All rows, best first: sinks, then the latest of the recent rows, then by score; ties to the lower index.
-[[nodiscard]] inline std::vector<RowId> ranked(std::span<const float> score,
-                                               std::span<const Protection> protection) {
+[[nodiscard]] inline std::vector<RowId> ranked(std::span<const float> score, std::span<const Protection> protection) {
   std::vector<RowId> rows(score.size());
   std::iota(rows.begin(), rows.end(), RowId{0});
   std::stable_sort(rows.begin(), rows.end(), [&](RowId a, RowId b) {
@@ -93,9 +92,8 @@ struct OracleTiers {
 }
 
 /// B kept rows; the next gamma * B are candidates, fewer where kept rows and candidates hold `mass_share` of the score.
-[[nodiscard]] inline OracleTiers split_tiers(std::span<const float> score,
-                                             std::span<const Protection> protection, Index budget,
-                                             double gamma, double mass_share) {
+[[nodiscard]] inline OracleTiers split_tiers(std::span<const float> score, std::span<const Protection> protection,
+                                             Index budget, double gamma, double mass_share) {
   const std::vector<RowId> rows = ranked(score, protection);
   const auto below = static_cast<double>(static_cast<Index>(rows.size()) - budget);
   auto room = static_cast<Index>(std::min(std::floor(gamma * static_cast<double>(budget)), below));
@@ -149,8 +147,7 @@ struct OracleTiers {
 }
 
 /// [R][C] of max(cos of keys, 0) * max(cos of values, 0).
-[[nodiscard]] inline std::vector<Doubles> similarities(const OracleHead& head,
-                                                       std::span<const RowId> candidates,
+[[nodiscard]] inline std::vector<Doubles> similarities(const OracleHead& head, std::span<const RowId> candidates,
                                                        std::span<const RowId> centres,
                                                        ZeroClassBatcher::KeySpace space) {
   const auto key = [&](RowId t) {
@@ -192,9 +189,8 @@ struct OracleMerged {
   double log_mass = 0.0;
 };
 
-[[nodiscard]] inline OracleMerged merge_class(const OracleHead& head, std::span<const float> score,
-                                              RowId centre, std::span<const RowId> members, KeyMode key_mode,
-                                              MassMode mass_mode) {
+[[nodiscard]] inline OracleMerged merge_class(const OracleHead& head, std::span<const float> score, RowId centre,
+                                              std::span<const RowId> members, KeyMode key_mode, MassMode mass_mode) {
   std::vector<RowId> rows{centre};
   rows.insert(rows.end(), members.begin(), members.end());
   double score_sum = 0.0, stands_for = 0.0;
@@ -207,12 +203,11 @@ struct OracleMerged {
   out.value.assign(head.values[0].size(), 0.0);
   Doubles direction(head.keys[0].size(), 0.0);
   for (const RowId t : rows) {
-    const double w = score_sum > 0.0 ? static_cast<double>(score[ix(t)]) / score_sum
-                                     : 1.0 / static_cast<double>(rows.size());
+    const double w =
+        score_sum > 0.0 ? static_cast<double>(score[ix(t)]) / score_sum : 1.0 / static_cast<double>(rows.size());
     for (std::size_t d = 0; d < out.value.size(); ++d) out.value[d] += w * head.values[ix(t)][d];
     const auto turn = static_cast<double>(head.positions[ix(centre)] - head.positions[ix(t)]);
-    const Doubles key =
-        key_mode == KeyMode::rotated ? rotated(head.keys[ix(t)], head.rope, turn) : head.keys[ix(t)];
+    const Doubles key = key_mode == KeyMode::rotated ? rotated(head.keys[ix(t)], head.rope, turn) : head.keys[ix(t)];
     if (const double length = norm(key); length > 0.0) {
       for (std::size_t d = 0; d < key.size(); ++d) direction[d] += w * key[d] / length;
     }
@@ -246,9 +241,10 @@ struct OraclePlan {
 };
 
 /// The merged rows that follow from the fate and class of every row.
-[[nodiscard]] inline std::vector<OracleMerged> merge_rows(
-    const OracleHead& head, std::span<const float> score, std::span<const RowId> kept,
-    std::span<const RowFate> fate, std::span<const RowId> row_class, KeyMode key_mode, MassMode mass_mode) {
+[[nodiscard]] inline std::vector<OracleMerged> merge_rows(const OracleHead& head, std::span<const float> score,
+                                                          std::span<const RowId> kept, std::span<const RowFate> fate,
+                                                          std::span<const RowId> row_class, KeyMode key_mode,
+                                                          MassMode mass_mode) {
   std::vector<OracleMerged> merged;
   for (std::size_t slot = 0; slot < kept.size(); ++slot) {
     std::vector<RowId> members;
@@ -268,8 +264,8 @@ struct OraclePlan {
                                           std::span<const Protection> protection, Index budget,
                                           const EvictThenMerge<>::Options& o) {
   OraclePlan plan;
-  plan.tiers = split_tiers(score, protection, budget, static_cast<double>(o.gamma),
-                           static_cast<double>(o.candidate_mass_share));
+  plan.tiers =
+      split_tiers(score, protection, budget, static_cast<double>(o.gamma), static_cast<double>(o.candidate_mass_share));
   plan.fate.assign(score.size(), RowFate::evicted);
   plan.row_class.assign(score.size(), -1);
   std::vector<RowId> slot_of_centre;
@@ -319,8 +315,8 @@ template <class Reducer, KVCacheView V, Executor X = SerialExecutor>
 
 /// Every bit of a plan, to be compared when its workspace is gone.
 [[nodiscard]] inline std::vector<std::int64_t> plan_bits(const CompressionPlan& plan) {
-  std::vector<std::int64_t> bits{plan.shape.kv_heads, plan.shape.group_size, plan.shape.key_dim,
-                                 plan.shape.value_dim, plan.writes_log_mass ? 1 : 0};
+  std::vector<std::int64_t> bits{plan.shape.kv_heads, plan.shape.group_size, plan.shape.key_dim, plan.shape.value_dim,
+                                 plan.writes_log_mass ? 1 : 0};
   const auto put = [&](const auto& x) {
     if constexpr (std::is_same_v<std::remove_cvref_t<decltype(x)>, float>) {
       bits.push_back(std::bit_cast<std::int32_t>(x));

@@ -36,9 +36,7 @@ struct FusedCache {
   RowsMap block(Index column, Index width) {
     return RowsMap(all.data() + column, kRows, width, Eigen::OuterStride<>(all.cols()));
   }
-  EigenView view() {
-    return {.group_size = 2, .keys = keys, .values = values, .rows = rows, .positions = positions};
-  }
+  EigenView view() { return {.group_size = 2, .keys = keys, .values = values, .rows = rows, .positions = positions}; }
 };
 
 /// Each head in matrices of its own.
@@ -57,9 +55,7 @@ struct SplitCache {
       values.push_back(map(value_matrices[at(h)]));
     }
   }
-  static RowsMap map(Matrix& m) {
-    return RowsMap(m.data(), m.rows(), m.cols(), Eigen::OuterStride<>(m.cols()));
-  }
+  static RowsMap map(Matrix& m) { return RowsMap(m.data(), m.rows(), m.cols(), Eigen::OuterStride<>(m.cols())); }
   EigenView view() { return {.group_size = 2, .keys = keys, .values = values, .rows = rows}; }
 };
 
@@ -120,8 +116,7 @@ TEST(EigenViewTest, MoveRowCopiesBitsAndNothingElse) {
     for (Index c = 0; c < before.cols(); ++c) {
       const bool of_head_0 = c < kKeyDim || (c >= kHeads * kKeyDim && c < kHeads * kKeyDim + kValueDim);
       const float expected = before(t == 2 && of_head_0 ? 9 : t, c);
-      ASSERT_EQ(std::bit_cast<std::uint32_t>(cache.all(t, c)), std::bit_cast<std::uint32_t>(expected))
-          << t << " " << c;
+      ASSERT_EQ(std::bit_cast<std::uint32_t>(cache.all(t, c)), std::bit_cast<std::uint32_t>(expected)) << t << " " << c;
     }
   }
 }

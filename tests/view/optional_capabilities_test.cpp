@@ -20,9 +20,7 @@ class MinimalView {
   [[nodiscard]] LayerShape shape() const noexcept { return cache_->shape(); }
   [[nodiscard]] Index size(Index h) const noexcept { return cache_->size(h); }
   [[nodiscard]] Position position(Index h, Index t) const noexcept { return cache_->position(h, t); }
-  void read_keys(Index h, Index t, Index n, std::span<float> out) const noexcept {
-    cache_->read_keys(h, t, n, out);
-  }
+  void read_keys(Index h, Index t, Index n, std::span<float> out) const noexcept { cache_->read_keys(h, t, n, out); }
   void read_values(Index h, Index t, Index n, std::span<float> out) const noexcept {
     cache_->read_values(h, t, n, out);
   }
@@ -35,9 +33,7 @@ class MinimalView {
 struct NarrowView : MinimalView {
   using MinimalView::MinimalView;
   [[nodiscard]] int size(Index h) const noexcept { return static_cast<int>(MinimalView::size(h)); }
-  [[nodiscard]] int position(Index h, Index t) const noexcept {
-    return static_cast<int>(MinimalView::position(h, t));
-  }
+  [[nodiscard]] int position(Index h, Index t) const noexcept { return static_cast<int>(MinimalView::position(h, t)); }
 };
 
 static_assert(KVCacheView<MinimalView> && KVCacheView<NarrowView>);
@@ -106,8 +102,7 @@ TEST(OptionalCapabilities, FiveFunctionsAreEnoughToPlanAndThePlanIsTheSame) {
   const CompressionPlan minimal = plan_with(MinimalView(cache), queries.view(), second);
   const CompressionPlan narrow = plan_with(NarrowView(cache), queries.view(), third);
   ASSERT_EQ(expected.kept.size(), 60u);
-  EXPECT_TRUE(
-      std::equal(expected.kept.begin(), expected.kept.end(), minimal.kept.begin(), minimal.kept.end()));
+  EXPECT_TRUE(std::equal(expected.kept.begin(), expected.kept.end(), minimal.kept.begin(), minimal.kept.end()));
   EXPECT_TRUE(std::equal(expected.kept.begin(), expected.kept.end(), narrow.kept.begin(), narrow.kept.end()));
 }
 

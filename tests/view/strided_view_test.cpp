@@ -51,9 +51,7 @@ struct Tensor {
       }
     }
   }
-  T* place(Index h, Index t, Index d) {
-    return &data[at(h * strides.head + t * strides.token + d * strides.dim)];
-  }
+  T* place(Index h, Index t, Index d) { return &data[at(h * strides.head + t * strides.token + d * strides.dim)]; }
 };
 
 /// An engine's cache of one layer, and the view on it.
@@ -63,8 +61,7 @@ struct Engine {
   Tensor<V> values;
   std::vector<Index> rows = std::vector<Index>(kHeads, kRows);
 
-  Engine(Strides key_order, Strides value_order)
-      : keys(key_order, kKeyDim, 0), values(value_order, kValueDim, 100) {}
+  Engine(Strides key_order, Strides value_order) : keys(key_order, kKeyDim, 0), values(value_order, kValueDim, 100) {}
   Engine(Order key_order, Order value_order)
       : Engine(strides_of(key_order, kKeyDim), strides_of(value_order, kValueDim)) {}
 
@@ -126,16 +123,14 @@ TYPED_TEST(StridedViewTest, ModelsTheContractAndWhatIsOptional) {
   TestFixture::for_orders([](auto& engine) {
     EXPECT_EQ(engine.view().shape(), (LayerShape{kHeads, 2, kKeyDim, kValueDim}));
     EXPECT_EQ(engine.view().size(1), kRows);
-    EXPECT_EQ(engine.view().row_bytes(0),
-              kKeyDim * static_cast<Index>(sizeof(typename TypeParam::Key)) +
-                  kValueDim * static_cast<Index>(sizeof(typename TypeParam::Value)));
+    EXPECT_EQ(engine.view().row_bytes(0), kKeyDim * static_cast<Index>(sizeof(typename TypeParam::Key)) +
+                                              kValueDim * static_cast<Index>(sizeof(typename TypeParam::Value)));
   });
 }
 
 // Transposed tensors are read in tiles of 16 tokens.
 TYPED_TEST(StridedViewTest, ReadsAnyRunOfRowsAndNothingBeyondIt) {
-  const std::pair<Index, Index> runs[] = {{0, 37},  {0, 16}, {0, 17}, {15, 2},
-                                          {16, 16}, {5, 31}, {36, 1}, {3, 0}};
+  const std::pair<Index, Index> runs[] = {{0, 37}, {0, 16}, {0, 17}, {15, 2}, {16, 16}, {5, 31}, {36, 1}, {3, 0}};
   TestFixture::for_orders([&](auto& engine) {
     const auto view = engine.view();
     for (Index h = 0; h < kHeads; ++h) {
@@ -144,10 +139,8 @@ TYPED_TEST(StridedViewTest, ReadsAnyRunOfRowsAndNothingBeyondIt) {
         view.read_keys(h, first, n, keys);
         view.read_values(h, first, n, values);
         for (Index i = 0; i < n; ++i) {
-          for (Index d = 0; d < kKeyDim; ++d)
-            ASSERT_EQ(keys[at(i * kKeyDim + d)], element(h, first + i, d, 0));
-          for (Index d = 0; d < kValueDim; ++d)
-            ASSERT_EQ(values[at(i * kValueDim + d)], element(h, first + i, d, 100));
+          for (Index d = 0; d < kKeyDim; ++d) ASSERT_EQ(keys[at(i * kKeyDim + d)], element(h, first + i, d, 0));
+          for (Index d = 0; d < kValueDim; ++d) ASSERT_EQ(values[at(i * kValueDim + d)], element(h, first + i, d, 100));
         }
         ASSERT_EQ(keys.back(), 777.f);
         ASSERT_EQ(values.back(), 777.f);
@@ -179,8 +172,7 @@ TYPED_TEST(StridedViewTest, WritesRoundToNearestEven) {
   const std::vector<float> key{1.f + 0x1p-11f, 1.f + 0x1p-8f, 1.f / 3.f, -1e9f, 1e-9f};
   TestFixture::for_orders([&](auto& engine) {
     engine.view().write_key(0, 3, key);
-    for (Index d = 0; d < kKeyDim; ++d)
-      EXPECT_EQ(*engine.keys.place(0, 3, d), from_float<K>(key[at(d)])) << d;
+    for (Index d = 0; d < kKeyDim; ++d) EXPECT_EQ(*engine.keys.place(0, 3, d), from_float<K>(key[at(d)])) << d;
   });
 }
 
@@ -209,8 +201,7 @@ TYPED_TEST(StridedViewTest, MoveRowCopiesTheBitsOfARowAndNothingElse) {
       std::memcpy(expected.keys.place(1, 4, d), engine.keys.place(1, 20, d), sizeof(typename TypeParam::Key));
     }
     for (Index d = 0; d < kValueDim; ++d) {
-      std::memcpy(expected.values.place(1, 4, d), engine.values.place(1, 20, d),
-                  sizeof(typename TypeParam::Value));
+      std::memcpy(expected.values.place(1, 4, d), engine.values.place(1, 20, d), sizeof(typename TypeParam::Value));
     }
     engine.view().move_row(1, 20, 4);
     EXPECT_TRUE(same_bytes(engine.keys.data, expected.keys.data));
@@ -224,8 +215,7 @@ TYPED_TEST(StridedViewTest, OnlyFloatRowsThatFollowEachOtherAreUsedInPlace) {
       typename TestFixture::TestedEngine engine(keys, values);
       const auto view = engine.view();
       const bool keys_in_place = keys == Order::head_major && std::same_as<typename TypeParam::Key, float>;
-      const bool values_in_place =
-          values == Order::head_major && std::same_as<typename TypeParam::Value, float>;
+      const bool values_in_place = values == Order::head_major && std::same_as<typename TypeParam::Value, float>;
       const float* key_rows = view.key_rows(2, 5, 10);
       const float* value_rows = view.value_rows(2, 5, 10);
       ASSERT_EQ(key_rows != nullptr, keys_in_place);

@@ -16,8 +16,9 @@ namespace kvfold {
 class AdaptiveHeadBudget {
  public:
   struct Options {
-    Index rows = 256;           ///< B, mean rows per head, at least 1
-    float floor_share = 0.75f;  ///< phi: each head keeps at least phi * B rows (and its protected ones, up to B), in [0, 1]
+    Index rows = 256;  ///< B, mean rows per head, at least 1
+    /// phi: each head keeps at least phi * B rows (and its protected ones, up to B), in [0, 1]
+    float floor_share = 0.75f;
 
     [[nodiscard]] Status validate() const noexcept {
       if (rows < 1 || rows > kMaxRows) return {StatusCode::invalid_argument, "budget", "rows must be in [1, kMaxRows]"};
@@ -75,8 +76,8 @@ class AdaptiveHeadBudget {
  private:
   /// A row beyond its head's floor that competes with those of all heads.
   struct Claim {
-    float share;   // score over that of the head's unprotected rows
-    RowId head;    // counted over all tables
+    float share;  // score over that of the head's unprotected rows
+    RowId head;   // counted over all tables
     RowId row;
   };
 

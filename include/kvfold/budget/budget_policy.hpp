@@ -6,9 +6,9 @@
 #include <cmath>
 #include <concepts>
 
-#include "kvfold/exec/workspace.hpp"
 #include "kvfold/detail/arena.hpp"
 #include "kvfold/detail/rows.hpp"
+#include "kvfold/exec/workspace.hpp"
 #include "kvfold/types.hpp"
 
 namespace kvfold {
@@ -24,6 +24,7 @@ struct RowLimits {
 /// - `limits(heads)`: the most it may give to one layer of H heads, and to one head.
 /// - `workspace_bytes(rows)`: bytes that `allocate` needs for tables of `rows` rows in all.
 /// - `allocate(tables, budgets, workspace)`: budgets for all heads of all tables, table after table; 1 <= B_h <= T_h.
+// clang-format off
 template <class B>
 concept BudgetPolicy = requires(const B& b, std::span<const ScoreTable> tables, std::span<Index> budgets,
                                 Workspace workspace, Index n) {
@@ -32,16 +33,17 @@ concept BudgetPolicy = requires(const B& b, std::span<const ScoreTable> tables, 
   { b.workspace_bytes(n) } noexcept -> std::same_as<std::size_t>;
   { b.allocate(tables, budgets, workspace) } noexcept -> std::same_as<Status>;
 };
+// clang-format on
 
 namespace detail {
 
-[[nodiscard]] inline Status check_budget_call(std::span<const ScoreTable> tables, std::span<const Index> budgets) noexcept {
+[[nodiscard]] inline Status check_budget_call(std::span<const ScoreTable> tables,
+                                              std::span<const Index> budgets) noexcept {
   Index heads = 0;
   for (const ScoreTable& table : tables) {
-    const bool fits = table.heads() >= 1 && table.offset.front() == 0 &&
-                      std::is_sorted(table.offset.begin(), table.offset.end()) &&
-                      table.offset.back() == static_cast<Index>(table.score.size()) &&
-                      table.protection.size() == table.score.size();
+    const bool fits =
+        table.heads() >= 1 && table.offset.front() == 0 && std::is_sorted(table.offset.begin(), table.offset.end()) &&
+        table.offset.back() == static_cast<Index>(table.score.size()) && table.protection.size() == table.score.size();
     if (!fits) return {StatusCode::size_mismatch, "tables", "offsets, scores and protections do not fit together"};
     heads += table.heads();
   }

@@ -10,10 +10,10 @@
 #include <cstdio>
 #include <cstdlib>
 /// Stops the program when an invariant of the library is broken; nothing unless KVFOLD_ENABLE_ASSERTIONS is 1.
-#define KVFOLD_ASSERT(condition)                                                                     \
-  ((condition) ? static_cast<void>(0)                                                                \
-               : (std::fprintf(stderr, "%s:%d: kvfold invariant broken: %s\n", __FILE__, __LINE__, #condition), \
-                  std::abort()))
+#define KVFOLD_ASSERT(condition) \
+  ((condition)                   \
+       ? static_cast<void>(0)    \
+       : (std::fprintf(stderr, "%s:%d: kvfold invariant broken: %s\n", __FILE__, __LINE__, #condition), std::abort()))
 #else
 #define KVFOLD_ASSERT(condition) static_cast<void>(0)
 #endif

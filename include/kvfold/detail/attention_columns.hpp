@@ -21,11 +21,11 @@ struct QueryRange {
 
 /// Scratch of one worker for `accumulate_columns`.
 struct ColumnScratch {
-  std::span<float> queries;    // [kQueryTile][D]
-  std::span<float> keys;       // [kKeyTile][D]
-  std::span<float> weights;    // [kQueryTile][T, or kKeyTile where log-sum-exps are given]
-  std::span<float> tile_max;   // [tiles][kQueryTile]
-  std::span<float> partial;    // [kKeyTile]
+  std::span<float> queries;   // [kQueryTile][D]
+  std::span<float> keys;      // [kKeyTile][D]
+  std::span<float> weights;   // [kQueryTile][T, or kKeyTile where log-sum-exps are given]
+  std::span<float> tile_max;  // [tiles][kQueryTile]
+  std::span<float> partial;   // [kKeyTile]
   Index weight_stride = 0;
 
   static ColumnScratch take(Arena& arena, Index dim, Index rows, bool one_pass) noexcept {
@@ -54,8 +54,16 @@ class ColumnAccumulator {
  public:
   ColumnAccumulator(const V& view, Index h, const QueryRows& queries, QueryRange range, float weight,
                     ColumnScratch scratch, std::span<float> columns, Index column_count) noexcept
-      : view_(view), h_(h), queries_(queries), range_(range), weight_(weight), s_(scratch), columns_(columns),
-        column_count_(column_count), group_(view.shape().group_size), dim_(view.shape().key_dim),
+      : view_(view),
+        h_(h),
+        queries_(queries),
+        range_(range),
+        weight_(weight),
+        s_(scratch),
+        columns_(columns),
+        column_count_(column_count),
+        group_(view.shape().group_size),
+        dim_(view.shape().key_dim),
         rows_(static_cast<Index>(view.size(h))) {}
 
   Status run() noexcept {
@@ -143,9 +151,8 @@ class ColumnAccumulator {
     for (Index t = 0; t < most_visible_; t += kKeyTile) {
       const float* tile_max = s_.tile_max.data() + t / kKeyTile * kQueryTile;
       const Index n = std::min(kKeyTile, rows_ - t);
-      add_tile(t, n, s_.weights.data() + t, [&](Index r) {
-        return row_weight() * std::exp(tile_max[r] - row_max_[r]) / row_sum_[r];
-      });
+      add_tile(t, n, s_.weights.data() + t,
+               [&](Index r) { return row_weight() * std::exp(tile_max[r] - row_max_[r]) / row_sum_[r]; });
     }
     return {};
   }
@@ -167,7 +174,8 @@ class ColumnAccumulator {
     // A softmax sums to 1: anything else means that the log-sum-exp is of other queries or keys.
     for (Index r = 0; r < count_; ++r) {
       if (visible_[at(r)] > 0 && !(std::abs(row_sum_[r] - 1.f) <= 0.01f)) {
-        return {StatusCode::invalid_argument, "queries", "log_sum_exp does not fit these queries and keys", h_, query_of(r)};
+        return {StatusCode::invalid_argument, "queries", "log_sum_exp does not fit these queries and keys", h_,
+                query_of(r)};
       }
     }
     return {};

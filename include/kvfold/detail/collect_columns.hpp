@@ -12,8 +12,8 @@ namespace kvfold::detail {
 
 /// What a scorer wants to know.
 struct ColumnRequest {
-  Index window = 32;        ///< W: rows of the local term
-  Index query_stride = 1;   ///< s: the global term takes every s-th query before the window, s times
+  Index window = 32;       ///< W: rows of the local term
+  Index query_stride = 1;  ///< s: the global term takes every s-th query before the window, s times
   bool per_query_head = false;
   bool global = true;
   bool local = true;
@@ -90,8 +90,8 @@ struct ColumnStorage {
 };
 
 template <KVCacheView V>
-[[nodiscard]] Result<ColumnSums> collect(const V& view, const QueryRows& queries, const ColumnRequest& want, Arena& arena,
-                                         Executor auto& executor) noexcept {
+[[nodiscard]] Result<ColumnSums> collect(const V& view, const QueryRows& queries, const ColumnRequest& want,
+                                         Arena& arena, Executor auto& executor) noexcept {
   const LayerShape shape = view.shape();
   if (Status bad = check_queries(queries, shape); !bad.ok()) return bad;
   const ColumnDetail detail = want.per_query_head ? ColumnDetail::query_head : ColumnDetail::kv_head;
@@ -207,12 +207,14 @@ template <KVCacheView V>
     return Status{StatusCode::unsupported, "evidence", "columns are reduced over the heads, the policy works per head"};
   }
   if (want.per_query_head && shape.group_size > 1 && sums.detail != ColumnDetail::query_head) {
-    return Status{StatusCode::unsupported, "evidence", "columns are averaged over the group, the policy needs query heads"};
+    return Status{StatusCode::unsupported, "evidence",
+                  "columns are averaged over the group, the policy needs query heads"};
   }
   const auto columns = static_cast<std::size_t>(column_count(sums.detail, shape.group_size));
   const auto total = static_cast<std::size_t>(total_rows(view));
   if (sums.offset.size() != at(shape.kv_heads) + 1 || sums.global.size() != columns * total ||
-      (!sums.local.empty() && sums.local.size() != columns * total) || (!sums.seen.empty() && sums.seen.size() != total)) {
+      (!sums.local.empty() && sums.local.size() != columns * total) ||
+      (!sums.seen.empty() && sums.seen.size() != total)) {
     return Status{StatusCode::size_mismatch, "evidence", "column sums are not of this view's heads and rows"};
   }
   for (Index h = 0, first = 0; h <= shape.kv_heads; ++h) {
@@ -239,11 +241,13 @@ template <KVCacheView V>
 void measure(const V&, const ColumnSums&, const ColumnRequest&, Arena&, Index) noexcept {}
 
 /// Evidence that column policies understand.
+// clang-format off
 template <class Evidence, class V>
 concept ColumnEvidence = requires(const V& view, const Evidence& evidence, const ColumnRequest& want, Arena& arena,
                                   SerialExecutor& executor) {
   { collect(view, evidence, want, arena, executor) } noexcept -> std::same_as<Result<ColumnSums>>;
   { measure(view, evidence, want, arena, Index{1}) } noexcept;
 };
+// clang-format on
 
 }  // namespace kvfold::detail

@@ -2,10 +2,11 @@
 /// Dense kernels on plain pointers: the only place, with view/eigen_map.hpp, that knows Eigen.
 #pragma once
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <cmath>
 #include <limits>
+
+#include <Eigen/Core>
 
 #include "kvfold/types.hpp"
 
@@ -25,8 +26,8 @@ inline constexpr Index kDepthTile = 256;
 
 /// c = a * b^T for a [m][k], b [n][k], c [m][n], all row-major with the given row
 /// strides; m <= kQueryTile or n <= kQueryTile, both <= kKeyTile.
-inline void multiply_transposed(const float* a, Index a_stride, Index m, const float* b, Index b_stride, Index n, Index k,
-                                float* c, Index c_stride) noexcept {
+inline void multiply_transposed(const float* a, Index a_stride, Index m, const float* b, Index b_stride, Index n,
+                                Index k, float* c, Index c_stride) noexcept {
   Rows out(c, m, n, Eigen::OuterStride<>(c_stride));
   for (Index first = 0; first < k; first += kDepthTile) {
     const Index depth = std::min(kDepthTile, k - first);
@@ -41,8 +42,8 @@ inline void multiply_transposed(const float* a, Index a_stride, Index m, const f
 }
 
 /// c += a * b, for a [m][k], b [k][n], c [m][n], row-major with the given row strides; k <= kKeyTile, m <= kQueryTile.
-inline void add_product(const float* a, Index a_stride, Index m, const float* b, Index b_stride, Index k, Index n, float* c,
-                        Index c_stride) noexcept {
+inline void add_product(const float* a, Index a_stride, Index m, const float* b, Index b_stride, Index k, Index n,
+                        float* c, Index c_stride) noexcept {
   const ConstRows left(a, m, k, Eigen::OuterStride<>(a_stride));
   for (Index first = 0; first < n; first += kDepthTile) {
     const Index width = std::min(kDepthTile, n - first);

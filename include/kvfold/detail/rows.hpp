@@ -81,14 +81,16 @@ template <KVCacheView V>
   const LayerShape shape = view.shape();
   if (shape.kv_heads < 1 || shape.group_size < 1 || shape.kv_heads > kMaxHeads || shape.group_size > kMaxHeads ||
       shape.query_heads() > kMaxHeads) {
-    return {StatusCode::invalid_argument, "view", "shape().kv_heads, group_size and their product must be in [1, kMaxHeads]"};
+    return {StatusCode::invalid_argument, "view",
+            "shape().kv_heads, group_size and their product must be in [1, kMaxHeads]"};
   }
   if (shape.key_dim < 1 || shape.value_dim < 1 || shape.key_dim > kMaxWidth || shape.value_dim > kMaxWidth) {
     return {StatusCode::invalid_argument, "view", "shape().key_dim and value_dim must be in [1, kMaxWidth]"};
   }
   for (Index h = 0; h < shape.kv_heads; ++h) {
     const auto rows = static_cast<Index>(view.size(h));
-    if (rows < 1 || rows > kMaxRows) return {StatusCode::invalid_argument, "view", "size(h) must be in [1, kMaxRows]", h};
+    if (rows < 1 || rows > kMaxRows)
+      return {StatusCode::invalid_argument, "view", "size(h) must be in [1, kMaxRows]", h};
     if (row_counts_of(view) == RowCounts::per_layer && rows != static_cast<Index>(view.size(0))) {
       return {StatusCode::size_mismatch, "view", "heads of unequal size in storage that has one count per layer", h};
     }
@@ -99,7 +101,8 @@ template <KVCacheView V>
       previous = next;
     }
     for (Index t = 0; t < rows; ++t) {
-      if (!std::isfinite(log_mass_of(view, h, t))) return {StatusCode::not_finite, "log_mass", "has a NaN or an infinity", h, t};
+      if (!std::isfinite(log_mass_of(view, h, t)))
+        return {StatusCode::not_finite, "log_mass", "has a NaN or an infinity", h, t};
     }
   }
   return {};

@@ -19,9 +19,9 @@ namespace kvfold {
 class GlobalLocalAccumulator {
  public:
   struct Options {
-    Index window = 32;                                 ///< W: queries of the local term, at least 1
-    Index query_stride = 1;                            ///< s: 1 = exact; else every s-th query stands for s of them, at least 1
-    GroupReduction group = GroupReduction::max;        ///< mean keeps one column set per KV head, max one per query head
+    Index window = 32;       ///< W: queries of the local term, at least 1
+    Index query_stride = 1;  ///< s: 1 = exact; else every s-th query stands for s of them, at least 1
+    GroupReduction group = GroupReduction::max;  ///< mean keeps one column set per KV head, max one per query head
 
     [[nodiscard]] Status validate() const noexcept {
       if (window < 1 || window > kMaxRows) return {StatusCode::invalid_argument, "window", "must be in [1, kMaxRows]"};
@@ -33,7 +33,8 @@ class GlobalLocalAccumulator {
   };
 
   /// \param max_rows the most rows that a head will ever have; allocated now, so that observing allocates nothing.
-  [[nodiscard]] static Result<GlobalLocalAccumulator> create(LayerShape shape, Index max_rows, Options options) noexcept {
+  [[nodiscard]] static Result<GlobalLocalAccumulator> create(LayerShape shape, Index max_rows,
+                                                             Options options) noexcept {
     if (Status bad = options.validate(); !bad.ok()) return bad;
     if (shape.kv_heads < 1 || shape.group_size < 1 || shape.key_dim < 1 || shape.kv_heads > kMaxHeads ||
         shape.group_size > kMaxHeads || shape.query_heads() > kMaxHeads || shape.key_dim > kMaxWidth) {
@@ -84,7 +85,8 @@ class GlobalLocalAccumulator {
     if (observed_ > 0 && queries.logit_scale() != scale_) {
       return {StatusCode::invalid_argument, "queries", "scale differs from that of earlier queries"};
     }
-    if (workers_of(executor) < 1) return Status{StatusCode::invalid_argument, "executor", "concurrency() must be at least 1"};
+    if (workers_of(executor) < 1)
+      return Status{StatusCode::invalid_argument, "executor", "concurrency() must be at least 1"};
     detail::Arena arena(workspace);
     const Scratch scratch = Scratch::take(arena, shape_, columns(), detail::max_rows(view), workers_of(executor));
     if (Status bad = detail::check(arena); !bad.ok()) return bad;
@@ -101,7 +103,8 @@ class GlobalLocalAccumulator {
     auto task = [&](Index h, Index worker) noexcept {
       const detail::ColumnScratch& s = scratch.columns[detail::at(worker)];
       const auto rows = static_cast<Index>(view.size(h));
-      const std::span<float> sums = scratch.sums.subspan(detail::at(h * columns() * scratch.rows), detail::at(columns() * rows));
+      const std::span<float> sums =
+          scratch.sums.subspan(detail::at(h * columns() * scratch.rows), detail::at(columns() * rows));
       std::fill(sums.begin(), sums.end(), 0.f);
       Status& status = scratch.status[detail::at(h)];
       for_ring(oldest, from_ring, [&](const QueryRows& ring, Index sequence) {
@@ -129,9 +132,11 @@ class GlobalLocalAccumulator {
         detail::add(global(h, c), scratch.sums.data() + h * columns() * scratch.rows + c * rows, rows);
       }
       for_ring(oldest, from_ring, [&](const QueryRows& ring, Index sequence) {
-        detail::mark_last_seen(view, h, ring, detail::sampled(0, ring.rows(), sequence, options_.query_stride), weight, marks(h));
+        detail::mark_last_seen(view, h, ring, detail::sampled(0, ring.rows(), sequence, options_.query_stride), weight,
+                               marks(h));
       });
-      detail::mark_last_seen(view, h, queries, detail::sampled(0, from_chunk, observed_, options_.query_stride), weight, marks(h));
+      detail::mark_last_seen(view, h, queries, detail::sampled(0, from_chunk, observed_, options_.query_stride), weight,
+                             marks(h));
       state_.rows[detail::at(h)] = rows;
     };
     executor.run(shape_.kv_heads, commit);
@@ -144,7 +149,8 @@ class GlobalLocalAccumulator {
   [[nodiscard]] Result<ColumnSums> summarize(const V& view, Workspace workspace, X& executor) noexcept {
     if (Status bad = check_call(view); !bad.ok()) return bad;
     if (observed_ == 0) return Status{StatusCode::invalid_argument, "evidence", "no queries have been observed"};
-    if (workers_of(executor) < 1) return Status{StatusCode::invalid_argument, "executor", "concurrency() must be at least 1"};
+    if (workers_of(executor) < 1)
+      return Status{StatusCode::invalid_argument, "executor", "concurrency() must be at least 1"};
     detail::Arena arena(workspace);
     const Scratch scratch = Scratch::take(arena, shape_, columns(), detail::max_rows(view), workers_of(executor));
     if (Status bad = detail::check(arena); !bad.ok()) return bad;
@@ -167,7 +173,9 @@ class GlobalLocalAccumulator {
       for_ring(observed_ - held, held, [&](const QueryRows& ring, Index) {
         const detail::QueryRange all{0, ring.rows(), 1};
         if (status.ok()) {
-          status = detail::ColumnAccumulator(view, h, ring, all, 1.f, scratch.columns[detail::at(worker)], loc, columns()).run();
+          status =
+              detail::ColumnAccumulator(view, h, ring, all, 1.f, scratch.columns[detail::at(worker)], loc, columns())
+                  .run();
         }
         detail::mark_last_seen(view, h, ring, all, 1.f, seen);
       });
@@ -180,12 +188,13 @@ class GlobalLocalAccumulator {
     executor.run(shape_.kv_heads, task);
     if (Status bad = detail::first_error(scratch.status); !bad.ok()) return bad;
     const std::size_t size = static_cast<std::size_t>(columns()) * total;
-    return ColumnSums{.detail = options_.group == GroupReduction::max ? ColumnDetail::query_head : ColumnDetail::kv_head,
-                      .offset = state_.offset,
-                      .global = state_.total.first(size),
-                      .local = state_.local.first(size),
-                      .seen = state_.seen.first(total),
-                      .window = options_.window};
+    return ColumnSums{
+        .detail = options_.group == GroupReduction::max ? ColumnDetail::query_head : ColumnDetail::kv_head,
+        .offset = state_.offset,
+        .global = state_.total.first(size),
+        .local = state_.local.first(size),
+        .seen = state_.seen.first(total),
+        .window = options_.window};
   }
 
  private:
@@ -206,7 +215,8 @@ class GlobalLocalAccumulator {
     std::span<Status> status;                  // [H]
     Index rows = 0;
 
-    static Scratch take(detail::Arena& arena, const LayerShape& shape, Index columns, Index rows, Index workers) noexcept {
+    static Scratch take(detail::Arena& arena, const LayerShape& shape, Index columns, Index rows,
+                        Index workers) noexcept {
       Scratch s;
       s.rows = rows;
       s.columns = arena.take<detail::ColumnScratch>(workers);
@@ -259,7 +269,8 @@ class GlobalLocalAccumulator {
     }
     for (Index h = 0; h < shape.kv_heads; ++h) {
       const auto rows = static_cast<Index>(view.size(h));
-      if (rows > max_rows_) return {StatusCode::size_mismatch, "view", "has more rows than the accumulator's max_rows", h};
+      if (rows > max_rows_)
+        return {StatusCode::size_mismatch, "view", "has more rows than the accumulator's max_rows", h};
       if (rows < state_.rows[detail::at(h)]) {
         return {StatusCode::size_mismatch, "view", "has lost rows since the last observation: reset() first", h};
       }
@@ -273,9 +284,9 @@ class GlobalLocalAccumulator {
     while (n > 0) {
       const Index slot = first % options_.window;
       const Index piece = std::min(n, options_.window - slot);
-      QueryRows queries = token_major_queries(state_.ring.data() + slot * shape_.query_heads() * shape_.key_dim,
-                                              shape_.query_heads(), shape_.key_dim,
-                                              state_.positions.subspan(detail::at(slot), detail::at(piece)));
+      QueryRows queries =
+          token_major_queries(state_.ring.data() + slot * shape_.query_heads() * shape_.key_dim, shape_.query_heads(),
+                              shape_.key_dim, state_.positions.subspan(detail::at(slot), detail::at(piece)));
       queries.scale = scale_;
       f(queries, first);
       first += piece;

@@ -16,13 +16,13 @@ namespace kvfold {
 /// A query at position p attends to the rows whose position is at most p.
 struct QueryRows {
   const float* data = nullptr;
-  Index query_heads = 0;                       ///< H * G
-  Index dim = 0;                               ///< D
-  Index head_stride = 0;                       ///< floats from one query head to the next
-  Index row_stride = 0;                        ///< floats from one row to the next
-  std::span<const Position> positions = {};    ///< [rows], ascending
-  float scale = 0.f;                           ///< factor of q.k in the logit; 0 means 1 / sqrt(D)
-  std::span<const float> log_sum_exp = {};     ///< [H * G][rows], of the scaled logits over all visible rows; may be empty
+  Index query_heads = 0;                     ///< H * G
+  Index dim = 0;                             ///< D
+  Index head_stride = 0;                     ///< floats from one query head to the next
+  Index row_stride = 0;                      ///< floats from one row to the next
+  std::span<const Position> positions = {};  ///< [rows], ascending
+  float scale = 0.f;                         ///< factor of q.k in the logit; 0 means 1 / sqrt(D)
+  std::span<const float> log_sum_exp = {};  ///< [H * G][rows], of the scaled logits over all visible rows; may be empty
 
   [[nodiscard]] Index rows() const noexcept { return static_cast<Index>(positions.size()); }
   [[nodiscard]] const float* row(Index query_head, Index i) const noexcept {
@@ -36,15 +36,23 @@ struct QueryRows {
 /// Queries stored as [H * G][rows][D], the layout of most engines after RoPE.
 [[nodiscard]] inline QueryRows head_major_queries(const float* data, Index query_heads, Index dim,
                                                   std::span<const Position> positions) noexcept {
-  return {.data = data, .query_heads = query_heads, .dim = dim,
-          .head_stride = static_cast<Index>(positions.size()) * dim, .row_stride = dim, .positions = positions};
+  return {.data = data,
+          .query_heads = query_heads,
+          .dim = dim,
+          .head_stride = static_cast<Index>(positions.size()) * dim,
+          .row_stride = dim,
+          .positions = positions};
 }
 
 /// Queries stored as [rows][H * G][D].
 [[nodiscard]] inline QueryRows token_major_queries(const float* data, Index query_heads, Index dim,
                                                    std::span<const Position> positions) noexcept {
-  return {.data = data, .query_heads = query_heads, .dim = dim,
-          .head_stride = dim, .row_stride = query_heads * dim, .positions = positions};
+  return {.data = data,
+          .query_heads = query_heads,
+          .dim = dim,
+          .head_stride = dim,
+          .row_stride = query_heads * dim,
+          .positions = positions};
 }
 
 namespace detail {
@@ -70,7 +78,8 @@ namespace detail {
   }
   for (std::size_t i = 1; i < queries.positions.size(); ++i) {
     if (queries.positions[i] < queries.positions[i - 1]) {
-      return {StatusCode::invalid_argument, "queries", "positions must be in ascending order", -1, static_cast<Index>(i)};
+      return {StatusCode::invalid_argument, "queries", "positions must be in ascending order", -1,
+              static_cast<Index>(i)};
     }
   }
   for (const float lse : queries.log_sum_exp) {

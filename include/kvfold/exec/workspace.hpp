@@ -19,7 +19,8 @@ using Workspace = std::span<std::byte>;
 class WorkspaceBuffer {
  public:
   WorkspaceBuffer() noexcept = default;
-  WorkspaceBuffer(WorkspaceBuffer&& other) noexcept : data_(std::move(other.data_)), size_(std::exchange(other.size_, 0)) {}
+  WorkspaceBuffer(WorkspaceBuffer&& other) noexcept
+      : data_(std::move(other.data_)), size_(std::exchange(other.size_, 0)) {}
   WorkspaceBuffer& operator=(WorkspaceBuffer&& other) noexcept {
     data_ = std::move(other.data_);
     size_ = std::exchange(other.size_, 0);

@@ -33,12 +33,13 @@ template <class Assigner = ZeroClassBatcher>
 class EvictThenMerge {
  public:
   struct Options {
-    float gamma = 1.f;                        ///< candidates per kept row, at least 0; gamma in EMS
-    float candidate_mass_share = 0.f;         ///< above 0: fewer candidates where kept rows and candidates hold this share, in [0, 1]
+    float gamma = 1.f;  ///< candidates per kept row, at least 0; gamma in EMS
+    /// Above 0: candidates end where kept rows and candidates hold this share of the head's score, in [0, 1].
+    float candidate_mass_share = 0.f;
     KeyMode key_mode = KeyMode::centre;
     MassMode mass_mode = MassMode::log_count;
-    bool sinks_absorb = false;                ///< whether sinks are class centres
-    bool recent_absorb = true;                ///< whether protected recent rows are class centres
+    bool sinks_absorb = false;  ///< whether sinks are class centres
+    bool recent_absorb = true;  ///< whether protected recent rows are class centres
     typename Assigner::Options assigner{};
 
     [[nodiscard]] Status validate() const noexcept {
@@ -64,7 +65,8 @@ class EvictThenMerge {
     const Index rows = detail::total_rows(view);
     const Index kept = std::min(limits.total, rows);
     const Index candidates = detail::candidate_limit(options_.gamma, kept, rows);
-    const Index per_head = detail::candidate_limit(options_.gamma, std::min(limits.per_head, rows), detail::max_rows(view));
+    const Index per_head =
+        detail::candidate_limit(options_.gamma, std::min(limits.per_head, rows), detail::max_rows(view));
     detail::Arena arena;
     static_cast<void>(detail::take_tiers(arena, shape.kv_heads, rows, kept, candidates));
     static_cast<void>(Buffers::take(arena, shape, kept, per_head));
@@ -118,14 +120,14 @@ class EvictThenMerge {
 
  private:
   struct Buffers {
-    std::span<Index> centre_offset;      // [H + 1]
-    std::span<RowId> centres;            // source rows of kept rows that may absorb
-    std::span<RowId> centre_slot;        // their places among the kept rows
-    std::span<RowId> classes;            // [H][max R]
-    std::span<RowId> members;            // [kept] |M| per kept row
-    std::span<double> score_sum;         // [kept] scores of a class, its centre among them
-    std::span<double> mass_sum;          // [kept] rows that a class stands for, per row that its centre stands for
-    std::span<Index> merged_offset;      // [H + 1]
+    std::span<Index> centre_offset;  // [H + 1]
+    std::span<RowId> centres;        // source rows of kept rows that may absorb
+    std::span<RowId> centre_slot;    // their places among the kept rows
+    std::span<RowId> classes;        // [H][max R]
+    std::span<RowId> members;        // [kept] |M| per kept row
+    std::span<double> score_sum;     // [kept] scores of a class, its centre among them
+    std::span<double> mass_sum;      // [kept] rows that a class stands for, per row that its centre stands for
+    std::span<Index> merged_offset;  // [H + 1]
 
     static Buffers take(detail::Arena& arena, const LayerShape& shape, Index kept, Index max_candidates) noexcept {
       Buffers b;
@@ -163,7 +165,8 @@ class EvictThenMerge {
     return protection != Protection::recent || options_.recent_absorb;
   }
 
-  ClassProblem make_problem(const ScoreTable& table, const detail::Tiers& tiers, const Buffers& b, Index most) const noexcept {
+  ClassProblem make_problem(const ScoreTable& table, const detail::Tiers& tiers, const Buffers& b,
+                            Index most) const noexcept {
     Index count = 0;
     b.centre_offset[0] = 0;
     for (Index h = 0; h < table.heads(); ++h) {
@@ -176,8 +179,12 @@ class EvictThenMerge {
       }
       b.centre_offset[detail::at(h + 1)] = count;
     }
-    return {.centre_offset = b.centre_offset, .centres = b.centres, .candidate_offset = tiers.candidate_offset,
-            .candidate_count = tiers.candidate_count, .candidates = tiers.candidates, .max_candidates = most};
+    return {.centre_offset = b.centre_offset,
+            .centres = b.centres,
+            .candidate_offset = tiers.candidate_offset,
+            .candidate_count = tiers.candidate_count,
+            .candidates = tiers.candidates,
+            .max_candidates = most};
   }
 
   /// Turns classes into fates, and counts the members of each kept row. \returns the number of merged rows.
@@ -248,10 +255,10 @@ class EvictThenMerge {
       Index h;
       std::span<const RowId> kept;
       std::span<const float> scores;
-      std::span<RowId> merged_of;           // [kept] |M|, later the number of the slot's merged row
+      std::span<RowId> merged_of;             // [kept] |M|, later the number of the slot's merged row
       std::span<double> score_sum, mass_sum;  // [kept]
       std::span<MergedRow> merged;
-      std::span<float> values, keys;        // [merged][E], [merged][D] or empty
+      std::span<float> values, keys;  // [merged][E], [merged][D] or empty
     };
 
     [[nodiscard]] Head head_of(Index h) const noexcept {
@@ -263,9 +270,14 @@ class EvictThenMerge {
       const auto rows_of = [&](std::span<float> all, Index width) {
         return all.empty() ? all : all.subspan(detail::at(first * width), detail::at(count * width));
       };
-      return {h, kept, table.scores(h), buffers.members.subspan(first_kept, kept.size()),
-              buffers.score_sum.subspan(first_kept, kept.size()), buffers.mass_sum.subspan(first_kept, kept.size()),
-              out.rows.subspan(detail::at(first), detail::at(count)), rows_of(out.values, shape.value_dim),
+      return {h,
+              kept,
+              table.scores(h),
+              buffers.members.subspan(first_kept, kept.size()),
+              buffers.score_sum.subspan(first_kept, kept.size()),
+              buffers.mass_sum.subspan(first_kept, kept.size()),
+              out.rows.subspan(detail::at(first), detail::at(count)),
+              rows_of(out.values, shape.value_dim),
               rows_of(out.keys, shape.key_dim)};
     }
 
@@ -303,7 +315,8 @@ class EvictThenMerge {
     [[nodiscard]] double relative_count(const Head& head, RowId row, RowId centre) const noexcept {
       constexpr double kMost = 700.0;  // exp of more is infinite
       return std::exp(std::min(
-          static_cast<double>(log_mass_of(view, head.h, row)) - static_cast<double>(log_mass_of(view, head.h, centre)), kMost));
+          static_cast<double>(log_mass_of(view, head.h, row)) - static_cast<double>(log_mass_of(view, head.h, centre)),
+          kMost));
     }
 
     /// Adds w * row to its class: its value, and its key's direction.

@@ -16,6 +16,7 @@ namespace kvfold {
 ///
 /// - `workspace_bytes(view, limits, workers)`: bytes that `reduce` needs while budgets stay within `limits`.
 /// - `reduce(view, table, budgets, workspace, executor)`: the plan, which lives in the workspace.
+// clang-format off
 template <class R, class V>
 concept ReducerFor = KVCacheView<V> && requires(const R& r, const V& view, const ScoreTable& table, RowLimits limits,
                                                 std::span<const Index> budgets, Workspace workspace,
@@ -24,13 +25,14 @@ concept ReducerFor = KVCacheView<V> && requires(const R& r, const V& view, const
   { r.workspace_bytes(view, limits, workers) } noexcept -> std::same_as<std::size_t>;
   { r.reduce(view, table, budgets, workspace, executor) } noexcept -> std::same_as<Result<CompressionPlan>>;
 };
+// clang-format on
 
 namespace detail {
 
 /// How many rows below the kept ones are candidates to merge.
 struct CandidateRule {
   float gamma = 0.f;       ///< R_h = gamma * B_h, rounded down
-  float mass_share = 0.f;  ///< above 0: candidates end where kept rows and candidates hold this share of the head's score
+  float mass_share = 0.f;  ///< above 0: candidates end where this share of the head's score is held
 };
 
 /// Kept rows and candidates of every head, both ascending, and the tables of a plan that follow from them.
@@ -42,10 +44,10 @@ struct Tiers {
   std::span<Index> candidate_count;   // [H]
   std::span<RowId> kept;
   std::span<RowId> candidates;
-  std::span<RowFate> fate;        // [sum of T_h]
-  std::span<RowId> row_class;     // [sum of T_h]
-  std::span<RowId> ids;           // [sum of T_h] scratch of the ranking
-  std::span<float> share;         // [2 * H] kept and candidate share of the head's score
+  std::span<RowFate> fate;     // [sum of T_h]
+  std::span<RowId> row_class;  // [sum of T_h]
+  std::span<RowId> ids;        // [sum of T_h] scratch of the ranking
+  std::span<float> share;      // [2 * H] kept and candidate share of the head's score
 
   [[nodiscard]] std::span<const RowId> kept_of(Index h) const noexcept {
     return kept.subspan(at(kept_offset[at(h)]), at(kept_offset[at(h + 1)] - kept_offset[at(h)]));

@@ -38,7 +38,7 @@ class ZeroClassBatcher {
     unrotated,  ///< without their rotation: needs a view that knows its RoPE
   };
   struct Options {
-    float tau = 0.3f;                        ///< similarity of the zero class, in [0, 1]; tau in EMS
+    float tau = 0.3f;  ///< similarity of the zero class, in [0, 1]; tau in EMS
     KeySpace key_space = KeySpace::stored;
 
     [[nodiscard]] Status validate() const noexcept {
@@ -53,7 +53,8 @@ class ZeroClassBatcher {
   [[nodiscard]] const Options& options() const noexcept { return options_; }
   [[nodiscard]] Status validate() const noexcept { return options_.validate(); }
 
-  [[nodiscard]] static std::size_t workspace_bytes(const LayerShape& shape, Index max_candidates, Index workers) noexcept {
+  [[nodiscard]] static std::size_t workspace_bytes(const LayerShape& shape, Index max_candidates,
+                                                   Index workers) noexcept {
     detail::Arena arena;
     static_cast<void>(arena.take<Status>(shape.kv_heads, tiles_of(max_candidates)));
     static_cast<void>(arena.take<Scratch>(workers));
@@ -89,10 +90,11 @@ class ZeroClassBatcher {
       const auto mine = problem.candidates.subspan(detail::at(problem.candidate_offset[detail::at(h)]),
                                                    detail::at(problem.candidate_count[detail::at(h)]));
       const Index begin = problem.centre_offset[detail::at(h)], end = problem.centre_offset[detail::at(h + 1)];
-      status[detail::at(i)] = rows == 0 ? Status{}
-                                        : assign_tile(view, h, mine.subspan(detail::at(first), detail::at(rows)),
-                                                      problem.centres.subspan(detail::at(begin), detail::at(end - begin)),
-                                                      scratch[detail::at(worker)], out);
+      status[detail::at(i)] = rows == 0
+                                  ? Status{}
+                                  : assign_tile(view, h, mine.subspan(detail::at(first), detail::at(rows)),
+                                                problem.centres.subspan(detail::at(begin), detail::at(end - begin)),
+                                                scratch[detail::at(worker)], out);
     };
     executor.run(shape.kv_heads * tiles, task);
     for (const Status& s : status) {
@@ -102,7 +104,7 @@ class ZeroClassBatcher {
   }
 
  private:
-  static constexpr Index kTile = detail::kQueryTile;         // candidates
+  static constexpr Index kTile = detail::kQueryTile;  // candidates
   static constexpr Index kCentreTile = detail::kKeyTile;
   /// Products round by their place in a tile, so what is closer than fp32 can tell is a tie.
   static constexpr float kTie = 1e-6f;
@@ -143,8 +145,8 @@ class ZeroClassBatcher {
       if (Status bad = load_directions(view, h, tile, s.centre_keys, s.centre_values, s.inverse); !bad.ok()) return bad;
       detail::multiply_transposed(s.keys.data(), shape.key_dim, rows, s.centre_keys.data(), shape.key_dim, count,
                                   shape.key_dim, s.key_sim.data(), kCentreTile);
-      detail::multiply_transposed(s.values.data(), shape.value_dim, rows, s.centre_values.data(), shape.value_dim, count,
-                                  shape.value_dim, s.value_sim.data(), kCentreTile);
+      detail::multiply_transposed(s.values.data(), shape.value_dim, rows, s.centre_values.data(), shape.value_dim,
+                                  count, shape.value_dim, s.value_sim.data(), kCentreTile);
       for (Index j = 0; j < rows; ++j) {
         float* sim = s.key_sim.data() + j * kCentreTile;
         detail::multiply_clamped(sim, s.value_sim.data() + j * kCentreTile, count);

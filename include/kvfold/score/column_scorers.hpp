@@ -62,13 +62,15 @@ class ColumnScorer {
     const Index rows = table.rows(0);
     for (Index h = 1; h < table.heads(); ++h) {
       if (table.rows(h) != rows) {
-        return {StatusCode::unsupported, "view", "heads of unequal size: the policy scores all heads of a layer alike", h};
+        return {StatusCode::unsupported, "view", "heads of unequal size: the policy scores all heads of a layer alike",
+                h};
       }
     }
     for (Index t = 0; t < rows; ++t) {
       float sum = 0.f;
       for (Index h = 0; h < table.heads(); ++h) sum += table.scores(h)[detail::at(t)];
-      for (Index h = 0; h < table.heads(); ++h) table.scores(h)[detail::at(t)] = sum / static_cast<float>(table.heads());
+      for (Index h = 0; h < table.heads(); ++h)
+        table.scores(h)[detail::at(t)] = sum / static_cast<float>(table.heads());
     }
     return {};
   }
@@ -91,7 +93,9 @@ struct H2oRule {
     }
   };
   static constexpr bool kGlobal = true, kOverHeads = false;
-  static detail::ColumnRequest request(const Options& o) noexcept { return {.query_stride = o.query_stride, .local = false}; }
+  static detail::ColumnRequest request(const Options& o) noexcept {
+    return {.query_stride = o.query_stride, .local = false};
+  }
   static Protect protect(const Options& o) noexcept { return {.recent = o.recent}; }
   static Pool pool(const Options&) noexcept { return {}; }
 };
@@ -99,9 +103,9 @@ struct H2oRule {
 /// SnapKV (arXiv 2404.14469): attention from the last W queries, pooled; the window is protected.
 struct SnapKvRule {
   struct Options {
-    Index window = 32;                                    ///< W, queries of the score, at least 1
-    Index recent = 32;                                    ///< protected rows; the paper's choice is the window
-    Pool pool{.kind = PoolKind::average, .width = 5};     ///< the paper uses 7
+    Index window = 32;                                 ///< W, queries of the score, at least 1
+    Index recent = 32;                                 ///< protected rows; the paper's choice is the window
+    Pool pool{.kind = PoolKind::average, .width = 5};  ///< the paper uses 7
 
     /// The paper's method needs a budget above its window: below twice the window, half of the budget is protected.
     [[nodiscard]] Options for_budget(Index rows) const noexcept {

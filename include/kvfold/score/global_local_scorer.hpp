@@ -27,16 +27,16 @@ class GlobalLocalScorer {
   };
 
   struct Options {
-    Index window = 32;                              ///< W, queries of the local term, at least 1
-    Protect protect{.sinks = 4, .recent = 8};       ///< rows that stay
-    GroupReduction group = GroupReduction::max;     ///< over the G query heads, before anything else
-    Combine combine = Combine::max;                 ///< of the aligned terms
-    Normalise normalise = Normalise::none;          ///< of the global term
-    Index query_stride = 1;                         ///< s: the global term takes every s-th query (QueryRows evidence only)
-    float span_weight = 0.75f;                      ///< beta, at least 0; 0 leaves the span term out
-    Index span_width = 13;                          ///< w, rows, odd: as wide as an answer
-    Pool local_pool{};                              ///< of loc, before alignment
-    Pool score_pool{};                              ///< of s
+    Index window = 32;                           ///< W, queries of the local term, at least 1
+    Protect protect{.sinks = 4, .recent = 8};    ///< rows that stay
+    GroupReduction group = GroupReduction::max;  ///< over the G query heads, before anything else
+    Combine combine = Combine::max;              ///< of the aligned terms
+    Normalise normalise = Normalise::none;       ///< of the global term
+    Index query_stride = 1;     ///< s: the global term takes every s-th query (QueryRows evidence only)
+    float span_weight = 0.75f;  ///< beta, at least 0; 0 leaves the span term out
+    Index span_width = 13;      ///< w, rows, odd: as wide as an answer
+    Pool local_pool{};          ///< of loc, before alignment
+    Pool score_pool{};          ///< of s
 
     [[nodiscard]] Status validate() const noexcept {
       if (window < 1 || window > kMaxRows) return {StatusCode::invalid_argument, "window", "must be in [1, kMaxRows]"};
@@ -110,8 +110,10 @@ class GlobalLocalScorer {
   static constexpr Index kRows = 3;  // scratch rows of one worker
 
   [[nodiscard]] detail::ColumnRequest request() const noexcept {
-    return {.window = options_.window, .query_stride = options_.query_stride,
-            .per_query_head = options_.group == GroupReduction::max, .global = true};
+    return {.window = options_.window,
+            .query_stride = options_.query_stride,
+            .per_query_head = options_.group == GroupReduction::max,
+            .global = true};
   }
 
   /// a such that mean(a * x) = mean(reference); 1 where either mean is 0 and nothing can be aligned.

@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <concepts>
 
-#include "kvfold/exec/executor.hpp"
-#include "kvfold/exec/workspace.hpp"
 #include "kvfold/detail/arena.hpp"
 #include "kvfold/detail/rows.hpp"
+#include "kvfold/exec/executor.hpp"
+#include "kvfold/exec/workspace.hpp"
 #include "kvfold/types.hpp"
 
 namespace kvfold {
@@ -18,6 +18,7 @@ namespace kvfold {
 /// - `validate()`: whether its options are in range.
 /// - `workspace_bytes(view, evidence, workers)`: bytes that `score` will need.
 /// - `score(view, evidence, table, workspace, executor)`: fills `table.score` and `table.protection` for all rows.
+// clang-format off
 template <class S, class V, class E>
 concept ScorerFor = KVCacheView<V> && requires(const S& s, const V& view, const E& evidence, ScoreTable table,
                                                Workspace workspace, SerialExecutor& executor, Index workers) {
@@ -25,6 +26,7 @@ concept ScorerFor = KVCacheView<V> && requires(const S& s, const V& view, const 
   { s.workspace_bytes(view, evidence, workers) } noexcept -> std::same_as<std::size_t>;
   { s.score(view, evidence, table, workspace, executor) } noexcept -> std::same_as<Status>;
 };
+// clang-format on
 
 /// For policies that look at nothing but positions.
 struct NoEvidence {};
@@ -41,7 +43,9 @@ struct Protect {
   }
   /// First and one past the last row of a head with T rows that may be evicted.
   [[nodiscard]] Index first_evictable(Index rows) const noexcept { return std::min(sinks, rows); }
-  [[nodiscard]] Index end_evictable(Index rows) const noexcept { return std::max(first_evictable(rows), rows - recent); }
+  [[nodiscard]] Index end_evictable(Index rows) const noexcept {
+    return std::max(first_evictable(rows), rows - recent);
+  }
 
   void mark(std::span<Protection> rows) const noexcept {
     const auto count = static_cast<Index>(rows.size());
@@ -122,7 +126,8 @@ template <KVCacheView V>
 
 /// What every scorer checks before it looks at its evidence.
 template <class S, KVCacheView V, Executor X>
-[[nodiscard]] Status check_score_call(const S& scorer, const V& view, const ScoreTable& table, const X& executor) noexcept {
+[[nodiscard]] Status check_score_call(const S& scorer, const V& view, const ScoreTable& table,
+                                      const X& executor) noexcept {
   if (Status bad = scorer.validate(); !bad.ok()) return bad;
   if (static_cast<Index>(executor.concurrency()) < 1) {
     return {StatusCode::invalid_argument, "executor", "concurrency() must be at least 1"};

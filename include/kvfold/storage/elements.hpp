@@ -62,11 +62,11 @@ template <>
   const auto half = [sign](std::uint32_t m) { return Float16{static_cast<std::uint16_t>(sign | m)}; };
   if (magnitude > 0x7f800000u) return half(0x7e00u | (magnitude >> 13 & 0x3ffu));
   if (magnitude >= 0x477ff000u) return half(0x7c00u);  // from 65520 on
-  if (magnitude < 0x38800000u) {                        // below 2^-14: subnormal or zero
-    if (magnitude < 0x33000000u) return half(0);        // below 2^-25
+  if (magnitude < 0x38800000u) {                       // below 2^-14: subnormal or zero
+    if (magnitude < 0x33000000u) return half(0);       // below 2^-25
     const std::uint32_t exponent = magnitude >> 23;
     const std::uint32_t mantissa = (magnitude & 0x7fffffu) | 0x800000u;
-    const std::uint32_t shift = 126u - exponent;        // 14 .. 24
+    const std::uint32_t shift = 126u - exponent;  // 14 .. 24
     const std::uint32_t kept = mantissa >> shift;
     const std::uint32_t rest = mantissa & ((1u << shift) - 1u);
     const std::uint32_t middle = 1u << (shift - 1u);

@@ -118,7 +118,8 @@ class RaggedCache {
     for (Index h = 0; h < shape_.kv_heads; ++h) {
       Head& to = head(h);
       for (Index i = 0; i < n; ++i) {
-        store(keys + h * key_strides.head + i * key_strides.token, key_strides.dim, key(h, to.rows + i), shape_.key_dim);
+        store(keys + h * key_strides.head + i * key_strides.token, key_strides.dim, key(h, to.rows + i),
+              shape_.key_dim);
         store(values + h * value_strides.head + i * value_strides.token, value_strides.dim, value(h, to.rows + i),
               shape_.value_dim);
         this->positions(to)[to.rows + i] = positions[static_cast<std::size_t>(i)];
@@ -198,7 +199,9 @@ class RaggedCache {
     KVFOLD_ASSERT(h >= 0 && h < shape_.kv_heads);
     return heads_[static_cast<std::size_t>(h)];
   }
-  [[nodiscard]] K* key(Index h, Index t) const noexcept { return static_cast<K*>(head(h).block[0]) + t * shape_.key_dim; }
+  [[nodiscard]] K* key(Index h, Index t) const noexcept {
+    return static_cast<K*>(head(h).block[0]) + t * shape_.key_dim;
+  }
   [[nodiscard]] V* value(Index h, Index t) const noexcept {
     return static_cast<V*>(head(h).block[1]) + t * shape_.value_dim;
   }

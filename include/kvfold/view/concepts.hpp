@@ -20,6 +20,7 @@ namespace kvfold {
 /// - `position(h, t)`: the RoPE position that the stored key was rotated to; non-decreasing in t.
 /// - `read_keys(h, t, n, out)`: rows [t, t + n) as n * D floats, converted where the storage is not fp32.
 /// - `read_values(h, t, n, out)`: the same for values, n * E floats.
+// clang-format off
 template <class V>
 concept KVCacheView = requires(const V& v, Index h, Index t, Index n, std::span<float> out) {
   { v.shape() } noexcept -> std::same_as<LayerShape>;
@@ -28,12 +29,14 @@ concept KVCacheView = requires(const V& v, Index h, Index t, Index n, std::span<
   { v.read_keys(h, t, n, out) } noexcept;
   { v.read_values(h, t, n, out) } noexcept;
 };
+// clang-format on
 
 /// What `apply` needs to write. None of these may fail: whatever can go wrong has been checked before.
 ///
 /// - `write_key(h, t, in)`, `write_value(h, t, in)`: store a row, converted where the storage is not fp32.
 /// - `move_row(h, from, to)`: copy everything that belongs to a row (bytes of K and V, scales, position, log mass).
 /// - `resize(h, n)`: shrink head h to n rows. Ragged storage gives memory back.
+// clang-format off
 template <class V>
 concept MutableKVCacheView =
     KVCacheView<V> && requires(V& v, Index h, Index t, Index from, Index n, std::span<const float> in) {
@@ -49,26 +52,33 @@ template <class V>
 concept HasLogMass = requires(const V& v, Index h, Index t) {
   { v.log_mass(h, t) } noexcept -> std::convertible_to<float>;
 };
+// clang-format on
 
 /// Optional: log masses can be stored too.
+// clang-format off
 template <class V>
 concept HasWritableLogMass = HasLogMass<V> && requires(V& v, Index h, Index t, float m) {
   { v.write_log_mass(h, t, m) } noexcept;
 };
+// clang-format on
 
 /// Optional: a view whose place for log masses may be absent at run time says so; asked before anything is written.
+// clang-format off
 template <class V>
 concept MayLackLogMass = requires(const V& v) {
   { v.stores_log_mass() } noexcept -> std::same_as<bool>;
 };
+// clang-format on
 
 /// Optional: fp32 rows that lie one after the other are used in place. Each function returns the address of row t when
 /// rows [t, t + n) are n * width consecutive floats, else nullptr (then they are read through `read_keys/values`).
+// clang-format off
 template <class V>
 concept HasContiguousRows = requires(const V& v, Index h, Index t, Index n) {
   { v.key_rows(h, t, n) } noexcept -> std::same_as<const float*>;
   { v.value_rows(h, t, n) } noexcept -> std::same_as<const float*>;
 };
+// clang-format on
 
 /// How stored keys carry their position.
 enum class RopeKind : unsigned char {
@@ -82,28 +92,34 @@ enum class RopeKind : unsigned char {
 /// Rotation of the stored keys. Frequencies: `inv_freq` where given, else theta^(-2i / rotary_dim).
 struct Rope {
   RopeKind kind = RopeKind::unknown;
-  Index rotary_dim = 0;                      ///< rotated channels, from the first; 0 = all D; even
-  double theta = 10000.0;                    ///< base, above 0
-  std::span<const float> inv_freq = {};      ///< [rotary_dim / 2] radians per position, or empty
+  Index rotary_dim = 0;                  ///< rotated channels, from the first; 0 = all D; even
+  double theta = 10000.0;                ///< base, above 0
+  std::span<const float> inv_freq = {};  ///< [rotary_dim / 2] radians per position, or empty
 };
 
 /// Optional: needed by policies that un-rotate keys. Absent means `RopeKind::unknown`.
+// clang-format off
 template <class V>
 concept HasRope = requires(const V& v) {
   { v.rope() } noexcept -> std::convertible_to<Rope>;
 };
+// clang-format on
 
 /// Optional: bytes of memory that one row of a head takes (K, V, scales), so that reports speak of real memory.
+// clang-format off
 template <class V>
 concept HasRowBytes = requires(const V& v, Index h) {
   { v.row_bytes(h) } noexcept -> std::convertible_to<Index>;
 };
+// clang-format on
 
 /// Optional: which row counts are possible after compression. Absent means `RowCounts::per_head`.
+// clang-format off
 template <class V>
 concept HasRowCounts = requires(const V& v) {
   { v.row_counts() } noexcept -> std::same_as<RowCounts>;
 };
+// clang-format on
 
 template <KVCacheView V>
 [[nodiscard]] Rope rope_of(const V& view) noexcept {
@@ -126,9 +142,12 @@ template <KVCacheView V>
 /// Whether merged rows can be given a log mass.
 template <KVCacheView V>
 [[nodiscard]] bool can_store_log_mass(const V& view) noexcept {
-  if constexpr (!HasWritableLogMass<V>) return false;
-  else if constexpr (MayLackLogMass<V>) return view.stores_log_mass();
-  else return true;
+  if constexpr (!HasWritableLogMass<V>)
+    return false;
+  else if constexpr (MayLackLogMass<V>)
+    return view.stores_log_mass();
+  else
+    return true;
 }
 
 template <KVCacheView V>

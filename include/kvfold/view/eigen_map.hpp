@@ -2,8 +2,9 @@
 /// A view on caches that are Eigen matrices, one pair for each head.
 #pragma once
 
-#include <Eigen/Core>
 #include <span>
+
+#include <Eigen/Core>
 
 #include "kvfold/storage/elements.hpp"
 #include "kvfold/view/concepts.hpp"
@@ -43,8 +44,12 @@ struct EigenView {
   }
 
   void read_keys(Index h, Index t, Index n, std::span<float> out) const noexcept { read(keys[index(h)], t, n, out); }
-  void read_values(Index h, Index t, Index n, std::span<float> out) const noexcept { read(values[index(h)], t, n, out); }
-  [[nodiscard]] const float* key_rows(Index h, Index t, Index /*n*/) const noexcept { return in_place(keys[index(h)], t); }
+  void read_values(Index h, Index t, Index n, std::span<float> out) const noexcept {
+    read(values[index(h)], t, n, out);
+  }
+  [[nodiscard]] const float* key_rows(Index h, Index t, Index /*n*/) const noexcept {
+    return in_place(keys[index(h)], t);
+  }
   [[nodiscard]] const float* value_rows(Index h, Index t, Index /*n*/) const noexcept {
     return in_place(values[index(h)], t);
   }
@@ -66,7 +71,8 @@ struct EigenView {
     return m.outerStride() == m.cols() ? m.data() + t * m.cols() : nullptr;
   }
   static void read(const RowsMap& m, Index t, Index n, std::span<float> out) noexcept {
-    for (Index i = 0; i < n; ++i) load_floats(m.data() + (t + i) * m.outerStride(), m.cols(), out.data() + i * m.cols());
+    for (Index i = 0; i < n; ++i)
+      load_floats(m.data() + (t + i) * m.outerStride(), m.cols(), out.data() + i * m.cols());
   }
   static void write(RowsMap& m, Index t, std::span<const float> in) noexcept {
     load_floats(in.data(), m.cols(), m.data() + t * m.outerStride());

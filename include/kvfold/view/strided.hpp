@@ -40,18 +40,18 @@ struct Strides {
 /// head its own list if the cache is to be compressed twice or un-rotated after compression.
 /// `rows` has T_h for each head and is what `resize` changes; log masses work like positions and may be absent.
 template <class K, class V = K>
-  requires(Element<std::remove_const_t<K>> && Element<std::remove_const_t<V>>)
+  requires(Element<std::remove_const_t<K>>&& Element<std::remove_const_t<V>>)
 struct StridedView {
   LayerShape layer;
   K* keys = nullptr;
   Strides key_strides;
   V* values = nullptr;
   Strides value_strides;
-  std::span<Index> rows = {};                ///< [H]
-  std::span<Position> positions = {};        ///< [H][position_stride], or one shared list, or empty
+  std::span<Index> rows = {};          ///< [H]
+  std::span<Position> positions = {};  ///< [H][position_stride], or one shared list, or empty
   Index position_stride = 0;
   Position first_position = 0;
-  std::span<float> log_masses = {};          ///< [H][log_mass_stride], or empty: the engine has no bias per row
+  std::span<float> log_masses = {};  ///< [H][log_mass_stride], or empty: the engine has no bias per row
   Index log_mass_stride = 0;
   Rope rotation = {};
   RowCounts counts = RowCounts::per_head;
@@ -90,31 +90,22 @@ struct StridedView {
   void write_log_mass(Index h, Index t, float mass) noexcept {
     if (!log_masses.empty()) log_masses[index(h * log_mass_stride + t)] = mass;
   }
-  void write_key(Index h, Index t, std::span<const float> in) noexcept
-    requires(!std::is_const_v<K>)
-  {
+  void write_key(Index h, Index t, std::span<const float> in) noexcept requires(!std::is_const_v<K>) {
     write(keys, key_strides, layer.key_dim, h, t, in.data());
   }
-  void write_value(Index h, Index t, std::span<const float> in) noexcept
-    requires(!std::is_const_v<V>)
-  {
+  void write_value(Index h, Index t, std::span<const float> in) noexcept requires(!std::is_const_v<V>) {
     write(values, value_strides, layer.value_dim, h, t, in.data());
   }
-  void move_row(Index h, Index from, Index to) noexcept
-    requires(!std::is_const_v<K> && !std::is_const_v<V>)
-  {
+  void move_row(Index h, Index from, Index to) noexcept requires(!std::is_const_v<K> && !std::is_const_v<V>) {
     move(keys, key_strides, layer.key_dim, h, from, to);
     move(values, value_strides, layer.value_dim, h, from, to);
     if (!positions.empty() && position_stride != 0) {
       positions[index(h * position_stride + to)] = positions[index(h * position_stride + from)];
     }
-    if (!log_masses.empty()) log_masses[index(h * log_mass_stride + to)] = log_masses[index(h * log_mass_stride + from)];
+    if (!log_masses.empty())
+      log_masses[index(h * log_mass_stride + to)] = log_masses[index(h * log_mass_stride + from)];
   }
-  void resize(Index h, Index n) noexcept
-    requires(!std::is_const_v<K> && !std::is_const_v<V>)
-  {
-    rows[index(h)] = n;
-  }
+  void resize(Index h, Index n) noexcept requires(!std::is_const_v<K> && !std::is_const_v<V>) { rows[index(h)] = n; }
 
  private:
   /// Tokens of a transposed tensor that are converted together: one cache line of f32 per dim.
