@@ -7,6 +7,7 @@
 #include "evaluation/documents.hpp"
 #include "evaluation/methods.hpp"
 #include "evaluation/metrics.hpp"
+#include "evaluation/task_run.hpp"
 #include "tiny_model.hpp"
 
 namespace kvfold {
@@ -126,6 +127,74 @@ TEST(Methods, EveryOneKeepsItsBudgetOnARealForwardPass) {
     EXPECT_EQ(outcome.report.rows_kept, expected) << method.label;
     EXPECT_EQ(copy.next, 200);
   }
+}
+
+const std::filesystem::path kTemplates = std::filesystem::path(KVFOLD_TESTS_DIR) / "../data/tasks/templates.json";
+
+Text lines_of_text() {
+  Text text{"lines", {}};
+  for (int i = 0; i < 4000; ++i) text.tokens.push_back(i % 60 == 59 ? '\n' : 'a' + i % 7);
+  return text;
+}
+
+TEST(Tasks, HideTheAnswerOnceAtTheDepthAskedFor) {
+  const evaluation::TaskMaker maker(kTemplates);
+  for (const double depth : {0.0, 0.5, 1.0}) {
+    for (std::uint64_t seed = 0; seed < 30; ++seed) {
+      const auto made = maker.make("single", lines_of_text(), 1500, depth, seed);
+      const std::string value = made.answer.substr(1, made.answer.size() - 2);  // " 4711."
+      const std::size_t at = made.context.find(value);
+      ASSERT_NE(at, std::string::npos) << made.context;
+      EXPECT_EQ(made.context.find(value, at + 1), std::string::npos);
+      EXPECT_EQ(made.question.find(value), std::string::npos);
+      EXPECT_NEAR(static_cast<double>(at) / static_cast<double>(made.context.size()), depth, 0.16);
+      EXPECT_LE(made.context.size() + made.question.size(), 1500u);
+      EXPECT_GE(made.context.size() + made.question.size(), 1490u);
+    }
+  }
+}
+
+TEST(Tasks, SeveralKeysShareTheNounAndDifferInNames) {
+  const evaluation::TaskMaker maker(kTemplates);
+  for (std::uint64_t seed = 0; seed < 30; ++seed) {
+    const auto made = maker.make("keys", lines_of_text(), 1500, 0.5, seed);
+    const auto lines = [&] {
+      int n = 0;
+      for (std::size_t i = 0; i + 1 < made.context.size(); ++i)
+        n += made.context[i] == '\n' && std::isdigit(made.context[i - 2]);
+      return n;
+    }();
+    EXPECT_GE(lines, 2);
+    EXPECT_LE(lines, 6);
+  }
+}
+
+TEST(Tasks, TwoValuesAndAssignmentsNeedBothStatements) {
+  const evaluation::TaskMaker maker(kTemplates);
+  const auto two = maker.make("two_values", lines_of_text(), 1500, 0.25, 5);
+  EXPECT_NE(two.answer.find("also"), std::string::npos);
+  const auto step = maker.make("assignment", lines_of_text(), 1500, 0.25, 5);
+  const std::string other = step.answer.substr(1, step.answer.find_first_of(" =", 1) - 1);
+  EXPECT_EQ(step.question.find(other + " ="), std::string::npos);
+  for (const auto* made : {&two, &step}) EXPECT_EQ((made->question + made->answer).find('{'), std::string::npos);
+}
+
+TEST(Tasks, DependOnTheSeedAndOnNothingElse) {
+  const evaluation::TaskMaker maker(kTemplates);
+  const auto text_of = [&](std::uint64_t seed) {
+    const auto made = maker.make("keys", lines_of_text(), 1200, 0.5, seed);
+    return made.context + made.question + made.answer;
+  };
+  EXPECT_EQ(text_of(4), text_of(4));
+  EXPECT_NE(text_of(4), text_of(5));
+}
+
+TEST(Tasks, WhatDoesNotFitIsRefused) {
+  const evaluation::TaskMaker maker(kTemplates);
+  EXPECT_THROW(static_cast<void>(maker.make("single", lines_of_text(), 60, 0.5, 1)), std::runtime_error);
+  EXPECT_THROW(static_cast<void>(maker.make("single", lines_of_text(), 4001, 0.5, 1)), std::runtime_error);
+  EXPECT_THROW(static_cast<void>(maker.make("riddle", lines_of_text(), 1500, 0.5, 1)), std::runtime_error);
+  EXPECT_THROW(evaluation::TaskMaker("no/such/file.json"), std::runtime_error);
 }
 
 }  // namespace
