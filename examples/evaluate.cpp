@@ -33,13 +33,7 @@ struct Settings {
   Index threads = static_cast<Index>(std::max(1u, std::thread::hardware_concurrency()));
   std::filesystem::path json;
   evaluation::Options options;
-
-  std::vector<std::string> tasks;  // none: perplexity only
-  std::filesystem::path templates = "data/tasks/templates.json";
-  std::vector<std::size_t> lengths{2048};
-  std::vector<double> depths{0.0, 0.25, 0.5, 0.75, 1.0};
-  std::vector<std::string> modes{"aware"};
-  std::size_t cases = 4;
+  evaluation::TaskSuite tasks;  // no names: perplexity only
 };
 
 /// One line of the results.
@@ -213,97 +207,12 @@ nlohmann::json settings_json(const Settings& s) {
           {"seed", s.seed},
           {"chunk", s.chunk},
           {"threads", s.threads},
-          {"tasks", s.tasks},
-          {"lengths", s.lengths},
-          {"depths", s.depths},
-          {"modes", s.modes},
-          {"cases", s.cases},
+          {"tasks", s.tasks.names},
+          {"lengths", s.tasks.lengths},
+          {"depths", s.tasks.depths},
+          {"modes", s.tasks.modes},
+          {"cases", s.tasks.cases},
           {"policy", s.options.to_json()}};
-}
-
-constexpr std::size_t kLongestAnswer = 128;  // bytes
-
-/// Exact answers of one method at one budget, task, length and depth.
-struct Answers {
-  std::string task, mode, method;
-  std::size_t length;
-  double depth;
-  Index budget;
-  int correct = 0, cases = 0;
-
-  [[nodiscard]] nlohmann::json to_json() const {
-    return {{"task", task},   {"mode", mode},     {"method", method},   {"length", length},
-            {"depth", depth}, {"budget", budget}, {"correct", correct}, {"cases", cases}};
-  }
-};
-
-std::vector<Answers> run_tasks(const Settings& settings, decoder::Decoder& model, kvfold::ThreadPool& pool,
-                               const std::vector<evaluation::Text>& texts,
-                               const std::vector<evaluation::Method>& methods,
-                               const std::vector<evaluation::Options>& options) {
-  const evaluation::TaskMaker maker(settings.templates);
-  std::vector<Answers> results;
-  for (const std::string& mode : settings.modes) {
-    for (const std::string& task : settings.tasks) {
-      for (const std::size_t length : settings.lengths) {
-        std::fprintf(stderr, "task %s, question %s compression, %zu bytes\n", task.c_str(),
-                     mode == "aware" ? "before" : "after", length);
-        for (const double depth : settings.depths) {
-          std::vector<Answers> row;
-          for (const evaluation::Method& method : methods) {
-            for (const Index budget : settings.budgets) {
-              const bool full = method.label == "full";
-              if (full && budget != settings.budgets.front()) continue;
-              row.push_back({task, mode, method.label, length, depth, full ? static_cast<Index>(length) : budget});
-            }
-          }
-          for (std::size_t i = 0; i < settings.cases; ++i) {
-            // Every cell has its own cases; they are the same for all methods and modes.
-            const auto cell = static_cast<std::uint64_t>(depth * 1000.0) * 1000003u + length * 10007u + i;
-            const auto example =
-                maker.make(task, texts[i % texts.size()], length, depth, settings.seed * 0x9e3779b97f4a7c15u + cell);
-            evaluation::TaskRun run(model, pool, example,
-                                    mode == "aware" ? evaluation::TaskMode::aware : evaluation::TaskMode::agnostic,
-                                    options, settings.chunk);
-            std::size_t r = 0;
-            for (const evaluation::Method& method : methods) {
-              for (const Index budget : settings.budgets) {
-                if (method.label == "full" && budget != settings.budgets.front()) continue;
-                row[r].correct += run.answers(method, budget) ? 1 : 0;
-                ++row[r++].cases;
-              }
-            }
-          }
-          results.insert(results.end(), row.begin(), row.end());
-        }
-      }
-    }
-  }
-  return results;
-}
-
-/// Share of exact answers by method and budget, for each task and mode: means over depths, lengths and cases.
-void print_tasks(const Settings& settings, const std::vector<Answers>& results) {
-  const int width = label_width(settings);
-  for (const std::string& mode : settings.modes) {
-    for (const std::string& task : settings.tasks) {
-      std::printf("\n%s, question %s compression: exact answers in %%, by rows per head\n\n%-*s", task.c_str(),
-                  mode == "aware" ? "before" : "after", width, "method");
-      for (const Index budget : settings.budgets) std::printf(" %8lld", static_cast<long long>(budget));
-      std::printf("\n");
-      for (const std::string& method : settings.methods) {
-        std::map<Index, std::pair<int, int>> cells;
-        for (const Answers& a : results) {
-          if (a.mode != mode || a.task != task || a.method != method) continue;
-          cells[method == "full" ? settings.budgets.front() : a.budget].first += a.correct;
-          cells[method == "full" ? settings.budgets.front() : a.budget].second += a.cases;
-        }
-        std::printf("%-*s", width, method.c_str());
-        for (const auto& [budget, cell] : cells) std::printf(" %8.1f", 100.0 * cell.first / cell.second);
-        std::printf("\n");
-      }
-    }
-  }
 }
 
 int run(Settings& settings) {
@@ -323,15 +232,9 @@ int run(Settings& settings) {
     throw std::runtime_error("context + continuation is longer than the model can read");
   }
   const auto documents = evaluation::choose_documents(texts, settings.documents, length, settings.seed);
-  if (!settings.tasks.empty() && config.tokenizer != "bytes") {
+  if (!settings.tasks.names.empty() && config.tokenizer != "bytes") {
     throw std::runtime_error("--tasks needs a model that reads bytes");
   }
-  for (const std::size_t bytes : settings.lengths) {
-    if (!settings.tasks.empty() && bytes + kLongestAnswer > static_cast<std::size_t>(config.max_positions)) {
-      throw std::runtime_error("--lengths: longer than the model can read");
-    }
-  }
-
   std::fprintf(stderr, "loading %s\n", settings.model.filename().c_str());
   decoder::Decoder model(settings.model, pool);
   std::vector<Measured> results;
@@ -359,16 +262,17 @@ int run(Settings& settings) {
     }
   }
   if (!results.empty()) print_table(settings, results, full_nll, prefill_ms);
-  std::vector<Answers> answers;
-  if (!settings.tasks.empty()) {
-    answers = run_tasks(settings, model, pool, texts, methods, options);
-    print_tasks(settings, answers);
+  std::vector<evaluation::Answers> answers;
+  if (!settings.tasks.names.empty()) {
+    answers = evaluation::run_tasks(settings.tasks, model, pool, texts, methods, settings.budgets, settings.seed,
+                                    settings.chunk);
+    evaluation::print_answers(answers, label_width(settings));
   }
   if (!settings.json.empty()) {
     auto list = nlohmann::json::array();
     for (const Measured& m : results) list.push_back(m.to_json());
     auto tasks = nlohmann::json::array();
-    for (const Answers& a : answers) tasks.push_back(a.to_json());
+    for (const evaluation::Answers& a : answers) tasks.push_back(a.to_json());
     std::ofstream out(settings.json);
     out << nlohmann::json{{"settings", settings_json(settings)},
                           {"documents", per_document},
@@ -414,29 +318,32 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--threads", settings.threads, "threads")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--json", settings.json, "where every figure and setting goes");
-  const std::string tasks = "Retrieval tasks (byte models)";
-  app.add_option("--tasks", settings.tasks, "single, keys, two_values, assignment; comma-separated")
+  const std::string group = "Retrieval tasks (byte models)";
+  app.add_option("--tasks", settings.tasks.names, "single, keys, two_values, assignment; comma-separated")
       ->delimiter(',')
-      ->group(tasks);
-  app.add_option("--task-templates", settings.templates, "wording of the tasks")->group(tasks)->capture_default_str();
-  app.add_option("--lengths", settings.lengths, "bytes of context and question, comma-separated")
+      ->group(group);
+  app.add_option("--task-templates", settings.tasks.templates, "wording of the tasks")
+      ->group(group)
+      ->capture_default_str();
+  app.add_option("--lengths", settings.tasks.lengths, "bytes of context and question, comma-separated")
       ->delimiter(',')
       ->check(CLI::PositiveNumber)
-      ->group(tasks)
+      ->group(group)
       ->capture_default_str();
-  app.add_option("--depths", settings.depths, "where the statement stands, 0 to 1, comma-separated")
+  app.add_option("--depths", settings.tasks.depths, "where the statement stands, 0 to 1, comma-separated")
       ->delimiter(',')
       ->check(CLI::Range(0.0, 1.0))
-      ->group(tasks)
+      ->group(group)
       ->capture_default_str();
-  app.add_option("--modes", settings.modes, "aware: the question is compressed with the text; agnostic: it comes after")
+  app.add_option("--modes", settings.tasks.modes,
+                 "aware: the question is compressed with the text; agnostic: it comes after")
       ->delimiter(',')
       ->check(CLI::IsMember({"aware", "agnostic"}))
-      ->group(tasks)
+      ->group(group)
       ->capture_default_str();
-  app.add_option("--cases", settings.cases, "cases for each task, length and depth")
+  app.add_option("--cases", settings.tasks.cases, "cases for each task, length and depth")
       ->check(CLI::PositiveNumber)
-      ->group(tasks)
+      ->group(group)
       ->capture_default_str();
   add_policy_options(app, settings.options);
   CLI11_PARSE(app, argc, argv);

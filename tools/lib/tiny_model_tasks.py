@@ -234,16 +234,19 @@ def task_sequence(templates, books, rng, length, share):
             break
         instances.append(instance)
         used += size
-    late = rng.random() < 0.3  # all questions at the end: the longest distances
+    late = rng.random() < 0.5  # all questions at the end: the longest distances
+    early = rng.random() < 0.35  # all statements at the beginning
     events = []
     for instance in instances:
         places = np.sort(rng.random(len(instance.statements)))
         if late:
             places *= 0.97
+        if early:
+            places *= 0.1
         low = 0.975 if late else places[-1] + 1e-6
         events += list(zip(places, instance.statements))
         events.append((low + (1 - low) * rng.random(), instance.question))
-    filler = books.crop(rng, max(64, length + 1 - used))
+    filler = books.crop(rng, max(64, length - 7 - used))
     data, weights, _ = assemble(filler, events)
     if len(data) < length + 1:
         more = books.crop(rng, length + 1 - len(data))
