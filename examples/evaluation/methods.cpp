@@ -173,7 +173,7 @@ const std::map<std::string, Factory>& factories() {
   };
   const auto snapkv = [](const Options& o, Index rows) { return kvfold::SnapKvScorer(o.snapkv.for_budget(rows)); };
   const auto tova = [](const Options&, Index) { return kvfold::TovaScorer(); };
-  static const std::map<std::string, Factory> all = {
+  static const std::map<std::string, Factory> kAll = {
       {"full",
        [](const Options&, kvfold::ThreadPool&) -> Compress {
          return [](decoder::Sequence& sequence, Evidence&, Index) {
@@ -198,7 +198,7 @@ const std::map<std::string, Factory>& factories() {
       {"ems-uniform", factory(Source::sums, global_local, uniform, merge)},
       {"ems", factory(Source::sums, global_local, adaptive, merge)},
   };
-  return all;
+  return kAll;
 }
 
 }  // namespace
@@ -206,7 +206,7 @@ const std::map<std::string, Factory>& factories() {
 const std::vector<OptionField>& option_fields() {
   using Scorer = kvfold::GlobalLocalScorer;
   using kvfold::GroupReduction, kvfold::KeyMode, kvfold::MassMode;
-  static const std::vector<OptionField> fields = {
+  static const std::vector<OptionField> kFields = {
       number(
           "window", "W, queries of the local term", [](auto& o) -> auto& { return o.score.window; }),
       number(
@@ -255,7 +255,7 @@ const std::vector<OptionField>& option_fields() {
       number(
           "streaming-llm-sinks", "sinks of StreamingLLM", [](auto& o) -> auto& { return o.streaming_llm.sinks; }),
   };
-  return fields;
+  return kFields;
 }
 
 void Options::set(const std::string& name, const std::string& value) {
@@ -347,7 +347,7 @@ Method make_method(const std::string& text, const Options& common, kvfold::Threa
   const auto found = factories().find(text.substr(0, end));
   if (found == factories().end()) {
     std::string known;
-    for (const std::string& each : method_names()) known += " " + each;
+    for (const std::string& each : method_names()) known.append(" ").append(each);
     throw std::runtime_error("unknown method " + text.substr(0, end) + "; known are" + known);
   }
   while (end != std::string::npos) {

@@ -60,6 +60,7 @@ std::vector<Answers> run_tasks(const TaskSuite& suite, decoder::Decoder& model, 
     }
   }
   std::vector<Options> options;
+  options.reserve(methods.size());
   for (const Method& method : methods) options.push_back(method.options);
 
   std::vector<Answers> results;
