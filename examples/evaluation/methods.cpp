@@ -227,6 +227,8 @@ const std::vector<OptionField>& option_fields() {
           "query-stride", "s, every s-th query in the global term",
           [](auto& o) -> auto& { return o.score.query_stride; }),
       number(
+          "global-weight", "omega of the global term", [](auto& o) -> auto& { return o.score.global_weight; }),
+      number(
           "span-weight", "beta of the span term, 0 for none", [](auto& o) -> auto& { return o.score.span_weight; }),
       number(
           "span-width", "width of the span term, rows", [](auto& o) -> auto& { return o.score.span_width; }),

@@ -25,13 +25,15 @@ struct Variant {
   Options options;
 };
 
-const std::array<Variant, 14> kVariants{{
+const std::array<Variant, 16> kVariants{{
     {"default", {}},
     {"group mean", {.group = GroupReduction::mean}},
     {"sum", {.combine = Combine::sum}},
     {"lifetime", {.normalise = Normalise::lifetime}},
     {"sampled lifetime", {.normalise = Normalise::lifetime, .query_stride = 7}},
     {"sampled", {.query_stride = 8}},
+    {"light global", {.global_weight = 0.25f}},
+    {"no global", {.global_weight = 0.f}},
     {"no span", {.span_weight = 0.f}},
     {"heavy span", {.combine = Combine::sum, .span_weight = 3.f, .span_width = 1}},
     {"wide span", {.span_weight = 1.f, .span_width = 999}},
@@ -308,7 +310,10 @@ TEST(GlobalLocalScorer, RefusesOptionsThatAreOutOfRange) {
     EXPECT_TRUE(refused({.protect = {.sinks = rows}}, "sinks"));
     EXPECT_TRUE(refused({.protect = {.recent = rows}}, "recent"));
   }
-  for (const float weight : {-0.1f, kNaN, kInfinity}) EXPECT_TRUE(refused({.span_weight = weight}, "span_weight"));
+  for (const float weight : {-0.1f, kNaN, kInfinity}) {
+    EXPECT_TRUE(refused({.span_weight = weight}, "span_weight"));
+    EXPECT_TRUE(refused({.global_weight = weight}, "global_weight"));
+  }
   EXPECT_TRUE(refused({.span_width = 12}, "span_width"));
   EXPECT_TRUE(refused({.local_pool = {PoolKind::none, 2}}, "pool"));
   EXPECT_TRUE(refused({.score_pool = {PoolKind::average, 4}}, "pool"));

@@ -199,7 +199,7 @@ struct Evictable {
     for (std::size_t j = 0; j < glo.size(); ++j) glo[j] /= std::max(seen[j], 1.0);
   }
   const Numbers loc = pooled(local, rows, o.local_pool);
-  const double alpha = alignment_oracle(loc, glo, rows);
+  const double alpha = static_cast<double>(o.global_weight) * alignment_oracle(loc, glo, rows);
   Numbers score(glo.size());
   for (std::size_t j = 0; j < glo.size(); ++j) score[j] = combine(alpha * glo[j], loc[j]);
   if (o.span_weight > 0.f) {

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,11 @@ import tiny_model_ops as ops
 @dataclass
 class Shape:
     hidden: int = 256
-    layers: int = 5
+    layers: int = 4
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
-    ffn: int = 640
+    ffn: int = 768
     vocab: int = 256
     positions: int = 2048
     rope_theta: float = 10000.0

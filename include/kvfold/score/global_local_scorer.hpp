@@ -9,7 +9,7 @@
 
 namespace kvfold {
 
-/// s_j = max(alpha * glo_j, loc_j, beta * alpha' * pool_w(loc)_j).
+/// s_j = max(omega * alpha * glo_j, loc_j, beta * alpha' * pool_w(loc)_j).
 ///
 /// `glo_j` is the attention that row j got from all queries of the evidence, `loc_j` from the last W of them;
 /// alpha = mean(loc) / mean(glo) over evictable rows aligns the two, so that neither early rows (many queries saw them)
@@ -33,6 +33,7 @@ class GlobalLocalScorer {
     Combine combine = Combine::max;              ///< of the aligned terms
     Normalise normalise = Normalise::none;       ///< of the global term
     Index query_stride = 1;     ///< s: the global term takes every s-th query (QueryRows evidence only)
+    float global_weight = 1.f;  ///< omega, of the aligned global term, at least 0; 1 in EMS
     float span_weight = 0.75f;  ///< beta, at least 0; 0 leaves the span term out
     Index span_width = 13;      ///< w, rows, odd: as wide as an answer
     Pool local_pool{};          ///< of loc, before alignment
@@ -42,6 +43,9 @@ class GlobalLocalScorer {
       if (window < 1 || window > kMaxRows) return {StatusCode::invalid_argument, "window", "must be in [1, kMaxRows]"};
       if (query_stride < 1 || query_stride > kMaxRows) {
         return {StatusCode::invalid_argument, "query_stride", "must be in [1, kMaxRows]"};
+      }
+      if (!(global_weight >= 0.f) || !std::isfinite(global_weight)) {
+        return {StatusCode::invalid_argument, "global_weight", "must be a number of at least 0"};
       }
       if (!(span_weight >= 0.f) || !std::isfinite(span_weight)) {
         return {StatusCode::invalid_argument, "span_weight", "must be a number of at least 0"};
@@ -133,7 +137,7 @@ class GlobalLocalScorer {
       detail::pool_row(evictable(loc), options_.local_pool, evictable(pooled));
       std::copy_n(pooled.begin() + first, end - first, loc.begin() + first);
     }
-    const double alpha = alignment(evictable(loc), evictable(glo));
+    const double alpha = static_cast<double>(options_.global_weight) * alignment(evictable(loc), evictable(glo));
     for (std::size_t j = 0; j < out.size(); ++j) {
       const auto aligned = static_cast<float>(alpha * static_cast<double>(glo[j]));
       out[j] = options_.combine == Combine::max ? std::max(aligned, loc[j]) : aligned + loc[j];
