@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 TASKS = ("single", "keys", "two_values", "assignment")
-TASK_SHARES = (0.15, 0.3, 0.25, 0.3)  # in training
+TASK_SHARES = (0.1, 0.46, 0.2, 0.24)  # in training
+EXTREME_SHARE = 0.35  # of the training tasks have one statement at the very beginning or just before the questions
 
 TEXT_WEIGHT = 1.0
 ANSWER_WEIGHT = 5.0
@@ -36,6 +37,7 @@ class Instance:
     task: str
     statements: list
     question: Segment
+    asked: int = 0  # which statement the question is about; for tasks that need all of them, the first
 
 
 class Templates:
@@ -68,7 +70,7 @@ class Templates:
         forms = self.tasks[spec["forms_of"]]["forms"] if "forms_of" in spec else spec["forms"]
         form = pick(rng, forms)
         question = pick(rng, form["questions"])
-        words = {"noun": noun, "name": name}
+        words, asked = {"noun": noun, "name": name}, 0
         if task in ("single", "keys"):
             words["value"] = self.value(rng)
             statements = [statement(pick(rng, form["statements"]), words)]
@@ -76,7 +78,9 @@ class Templates:
             for _ in range(others):
                 other = {"noun": noun, "name": self.name(rng, taken), "value": self.value(rng)}
                 statements.append(statement(pick(rng, form["statements"]), other))
+            first = statements[0]
             rng.shuffle(statements)
+            asked = next(i for i, part in enumerate(statements) if part is first)
         elif task == "two_values":
             words["value1"], words["value2"] = self.value(rng), self.value(rng)
             statements = [statement(pick(rng, form[part]), words) for part in ("first", "second")]
@@ -90,7 +94,7 @@ class Templates:
         for value in {words[key] for key in ("value", "value1", "value2", "other") if key in words}:
             weights[len(ask) + answer.index(value.encode())] = FIRST_BYTE_WEIGHT
         segment = Segment(ask + answer + b"\n", weights, slice(len(ask), len(ask) + len(answer)))
-        return Instance(task, statements, segment)
+        return Instance(task, statements, segment, asked)
 
 
 def pick(rng, items):
@@ -243,7 +247,15 @@ def task_sequence(templates, books, rng, length, share):
             places *= 0.97
         if early:
             places *= 0.1
-        low = 0.975 if late else places[-1] + 1e-6
+        if rng.random() < EXTREME_SHARE:
+            begins = rng.random() < 0.5
+            place = 0.01 * rng.random() if begins else 0.965 + 0.01 * rng.random()
+            if instance.task == "keys":
+                places = rng.permutation(places)
+                places[instance.asked] = place
+            else:
+                places[0 if begins else -1] = place
+        low = 0.975 if late else places.max() + 1e-6
         events += list(zip(places, instance.statements))
         events.append((low + (1 - low) * rng.random(), instance.question))
     filler = books.crop(rng, max(64, length - 7 - used))
@@ -284,12 +296,9 @@ def evaluation_case(templates, books, rng, length, task, depth):
     instance = templates.instance(rng, task, set())
     used = sum(len(part.data) for part in instance.statements) + len(instance.question.data)
     places = np.sort(rng.random(len(instance.statements))) * 0.98
-    asked = instance.question.data[instance.question.answer].strip(b" .")
-    index = 0
     if task == "keys":
-        index = next(i for i, part in enumerate(instance.statements) if part.data.endswith(asked + b".\n"))
         places = rng.permutation(places)
-    places[index] = depth * 0.98
+    places[instance.asked] = depth * 0.98
     events = list(zip(places, instance.statements)) if task == "keys" else list(zip(np.sort(places), instance.statements))
     events.append((1.0, instance.question))
     filler = books.crop(rng, length - 7 - used)  # leaves room for added line breaks

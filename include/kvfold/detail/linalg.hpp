@@ -56,7 +56,6 @@ inline void add_product(const float* a, Index a_stride, Index m, const float* b,
 [[nodiscard]] inline bool all_finite(const float* x, Index n) noexcept { return ConstFloats(x, n).allFinite(); }
 [[nodiscard]] inline float max_of(const float* x, Index n) noexcept { return ConstFloats(x, n).maxCoeff(); }
 [[nodiscard]] inline float min_of(const float* x, Index n) noexcept { return ConstFloats(x, n).minCoeff(); }
-[[nodiscard]] inline float sum_of(const float* x, Index n) noexcept { return ConstFloats(x, n).sum(); }
 
 /// x = exp(x - shift); \returns the sum.
 inline float exp_shifted(float* x, Index n, float shift) noexcept {
