@@ -97,6 +97,16 @@ OptionField choice(const std::string& name, const std::string& help,
           }};
 }
 
+/// What a plan does with each row of a layer, head by head, as letters.
+std::vector<std::string> fates_of(const kvfold::CompressionPlan& plan) {
+  std::vector<std::string> heads;
+  for (Index h = 0; h < plan.shape.kv_heads; ++h) {
+    std::string& letters = heads.emplace_back();
+    for (const kvfold::RowFate fate : plan.fates(h)) letters += "ekm"[static_cast<std::size_t>(fate)];
+  }
+  return heads;
+}
+
 /// Runs a compressor over all layers.
 template <class Scorer, class Budget, class Reducer>
 Outcome compress_all(decoder::Sequence& sequence, Evidence& evidence, const Options& options, Source source,
@@ -107,8 +117,12 @@ Outcome compress_all(decoder::Sequence& sequence, Evidence& evidence, const Opti
   kvfold::WorkspaceBuffer workspace;
   const auto compress = [&](decoder::Cache& cache, const auto& seen) {
     kvfold::or_throw(workspace.reserve(kvfold::or_throw(compressor.workspace_bytes(cache, seen, pool.concurrency()))));
-    const auto start = Clock::now();
-    const auto report = kvfold::or_throw(compressor.compress(cache, seen, workspace.get(), pool));
+    auto start = Clock::now();
+    const auto plan = kvfold::or_throw(compressor.plan(std::as_const(cache), seen, workspace.get(), pool));
+    outcome.compress_ms += ms_since(start);
+    outcome.fates.push_back(fates_of(plan));
+    start = Clock::now();
+    const auto report = kvfold::or_throw(kvfold::apply(plan, cache));
     outcome.compress_ms += ms_since(start);
     outcome.report.rows_before += report.rows_before;
     outcome.report.rows_kept += report.rows_kept;
@@ -228,6 +242,13 @@ const std::vector<OptionField>& option_fields() {
           [](auto& o) -> auto& { return o.score.query_stride; }),
       number(
           "global-weight", "omega of the global term", [](auto& o) -> auto& { return o.score.global_weight; }),
+      number(
+          "agreement", "X", [](auto& o) -> auto& { return o.score.agreement; }),
+      number("span-kind", "X", [](auto& o) -> auto& { return o.score.span_kind; }),
+      number("span-back", "X", [](auto& o) -> auto& { return o.score.span_back; }),
+      number("span-decay", "X", [](auto& o) -> auto& { return o.score.span_decay; }),
+      number(
+          "agreement-kind", "X", [](auto& o) -> auto& { return o.score.agreement_kind; }),
       number(
           "span-weight", "beta of the span term, 0 for none", [](auto& o) -> auto& { return o.score.span_weight; }),
       number(

@@ -80,6 +80,8 @@ struct Outcome {
   kvfold::CompressionReport report;  ///< summed over layers; shares are means
   double score_ms = 0.0;             ///< evidence and scores, all layers
   double compress_ms = 0.0;          ///< budgets, classes, merging and writing, all layers
+  /// [layer][head] one letter for each row: k kept, m merged into a kept one, e evicted.
+  std::vector<std::vector<std::string>> fates;
 };
 
 /// A method of the evaluation: a name, and options that may differ from the common ones.

@@ -1,27 +1,19 @@
 #include "evaluation/task_run.hpp"
 
 #include <cstdio>
+#include <set>
 #include <stdexcept>
 
 namespace evaluation {
-namespace {
 
-std::vector<decoder::Token> bytes_of(const std::string& text) {
-  std::vector<decoder::Token> tokens;
-  for (const char c : text) tokens.push_back(static_cast<unsigned char>(c));
-  return tokens;
-}
-
-}  // namespace
-
-TaskRun::TaskRun(decoder::Decoder& model, kvfold::ThreadPool& pool, const TaskCase& task, TaskMode mode,
+TaskRun::TaskRun(decoder::Decoder& model, kvfold::ThreadPool& pool, const TokenCase& task, TaskMode mode,
                  const std::vector<Options>& options, std::size_t chunk)
     : model_(model),
-      tail_(bytes_of(task.answer)),
+      tail_(task.answer),
       answer_size_(task.answer.size()),
       prompt_(model.new_sequence()),
       evidence_(model, static_cast<kvfold::Index>(task.context.size() + task.question.size()), options, pool) {
-  std::vector<decoder::Token> head = bytes_of(task.context), question = bytes_of(task.question);
+  std::vector<decoder::Token> head = task.context, question = task.question;
   if (mode == TaskMode::aware) {
     head.insert(head.end(), question.begin(), question.end() - 1);
     question.erase(question.begin(), question.end() - 1);
@@ -49,51 +41,43 @@ nlohmann::json Answers::to_json() const {
           {"depth", depth}, {"budget", budget}, {"correct", correct}, {"cases", cases}};
 }
 
-std::vector<Answers> run_tasks(const TaskSuite& suite, decoder::Decoder& model, kvfold::ThreadPool& pool,
-                               std::span<const Text> texts, const std::vector<Method>& methods,
-                               const std::vector<kvfold::Index>& budgets, std::uint64_t seed, std::size_t chunk) {
-  constexpr std::size_t kLongestAnswer = 128;  // bytes
-  const TaskMaker maker(suite.templates);
-  for (const std::size_t length : suite.lengths) {
-    if (length + kLongestAnswer > static_cast<std::size_t>(model.config().max_positions)) {
-      throw std::runtime_error("tasks of " + std::to_string(length) + " bytes are longer than the model can read");
-    }
+std::vector<Answers> run_tasks(std::span<const TokenCase> cases, const std::vector<std::string>& modes,
+                               decoder::Decoder& model, kvfold::ThreadPool& pool, const std::vector<Method>& methods,
+                               const std::vector<kvfold::Index>& budgets, std::size_t chunk) {
+  for (const TokenCase& c : cases) {
+    if (c.context.size() + c.question.size() + c.answer.size() > static_cast<std::size_t>(model.config().max_positions))
+      throw std::runtime_error("a case of task " + c.task + " is longer than the model can read");
   }
   std::vector<Options> options;
   options.reserve(methods.size());
   for (const Method& method : methods) options.push_back(method.options);
 
   std::vector<Answers> results;
-  const auto run_cell = [&](const std::string& mode, const std::string& task, std::size_t length, double depth) {
-    std::vector<Answers> row;
-    for (const Method& method : methods) {
-      if (method.label == "full") {
-        row.push_back({task, mode, method.label, length, depth, static_cast<kvfold::Index>(length)});
-        continue;
+  for (const std::string& mode : modes) {
+    std::size_t group = results.size();  // where the answers of the cell of the last case begin
+    const TokenCase* last = nullptr;
+    for (const TokenCase& c : cases) {
+      if (last == nullptr || c.task != last->task) {
+        std::fprintf(stderr, "task %s, question %s compression\n", c.task.c_str(),
+                     mode == "aware" ? "before" : "after");
       }
-      for (const kvfold::Index budget : budgets) row.push_back({task, mode, method.label, length, depth, budget});
-    }
-    for (std::size_t i = 0; i < suite.cases; ++i) {
-      const auto cell = static_cast<std::uint64_t>(depth * 1000.0) * 1000003u + length * 10007u + i;
-      const TaskCase example =
-          maker.make(task, texts[i % texts.size()], length, depth, seed * 0x9e3779b97f4a7c15u + cell);
-      TaskRun run(model, pool, example, mode == "aware" ? TaskMode::aware : TaskMode::agnostic, options, chunk);
-      auto answers = row.begin();
+      if (last == nullptr || c.task != last->task || c.length != last->length || c.depth != last->depth) {
+        group = results.size();
+        for (const Method& method : methods) {
+          const bool full = method.label == "full";
+          for (const kvfold::Index budget : full ? std::vector{static_cast<kvfold::Index>(c.length)} : budgets) {
+            results.push_back({c.task, mode, method.label, c.length, c.depth, budget});
+          }
+        }
+      }
+      last = &c;
+      TaskRun run(model, pool, c, mode == "aware" ? TaskMode::aware : TaskMode::agnostic, options, chunk);
+      std::size_t cell = group;
       for (const Method& method : methods) {
-        do {
-          answers->correct += run.answers(method, answers->budget) ? 1 : 0;
-          ++answers->cases;
-          ++answers;
-        } while (answers != row.end() && answers->method == method.label);
-      }
-    }
-    results.insert(results.end(), row.begin(), row.end());
-  };
-  for (const std::string& mode : suite.modes) {
-    for (const std::string& task : suite.names) {
-      std::fprintf(stderr, "task %s, question %s compression\n", task.c_str(), mode == "aware" ? "before" : "after");
-      for (const std::size_t length : suite.lengths) {
-        for (const double depth : suite.depths) run_cell(mode, task, length, depth);
+        for (; cell < results.size() && results[cell].method == method.label; ++cell) {
+          results[cell].correct += run.answers(method, results[cell].budget) ? 1 : 0;
+          ++results[cell].cases;
+        }
       }
     }
   }
@@ -110,12 +94,18 @@ void print_answers(const std::vector<Answers>& answers, int label_width) {
     }
     return list.emplace_back(key, typename std::remove_reference_t<decltype(list)>::value_type::second_type{}).second;
   };
-  for (const Answers& a : answers) {
-    const std::string title = a.task + ", question " + (a.mode == "aware" ? "before" : "after") + " compression";
+  std::set<std::string> tasks;
+  for (const Answers& a : answers) tasks.insert(a.task);
+  const auto count = [&](const std::string& task, const Answers& a) {
+    const std::string title = task + ", question " + (a.mode == "aware" ? "before" : "after") + " compression";
     // The full cache has as many rows as the text: one column, whatever the lengths.
     auto& cell = entry(entry(entry(tables, title), a.method), a.method == "full" ? 0 : a.budget);
     cell.first += a.correct;
     cell.second += a.cases;
+  };
+  for (const Answers& a : answers) count(a.task, a);
+  if (tasks.size() > 1) {  // every task has as many cases as the others
+    for (const Answers& a : answers) count("all tasks", a);
   }
   for (const auto& [title, lines] : tables) {
     std::printf("\n%s: exact answers in %%, by rows per head\n\n%-*s", title.c_str(), label_width, "method");

@@ -153,4 +153,76 @@ TaskCase TaskMaker::make(const std::string& name, const Text& text, std::size_t 
   return made;
 }
 
+std::vector<TaskCase> make_cases(const TaskSuite& suite, std::span<const Text> texts, std::uint64_t seed) {
+  const TaskMaker maker(suite.templates);
+  std::vector<TaskCase> cases;
+  for (const std::string& task : suite.names) {
+    std::uint64_t mix = seed;  // so that tasks do not share their names and numbers
+    for (const char c : task) mix = (mix ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+    for (const std::size_t length : suite.lengths) {
+      for (const double depth : suite.depths) {
+        for (std::size_t i = 0; i < suite.cases; ++i) {
+          const auto cell = static_cast<std::uint64_t>(depth * 1000.0) * 1000003u + length * 10007u + i;
+          cases.push_back(maker.make(task, texts[i % texts.size()], length, depth, mix * 0x9e3779b97f4a7c15u + cell));
+        }
+      }
+    }
+  }
+  return cases;
+}
+
+TokenCase byte_case(const TaskCase& text) {
+  const auto bytes = [](const std::string& from) {
+    std::vector<decoder::Token> tokens;
+    for (const char c : from) tokens.push_back(static_cast<unsigned char>(c));
+    return tokens;
+  };
+  return {text.task, text.depth, text.length, bytes(text.context), bytes(text.question), bytes(text.answer)};
+}
+
+void write_cases(const std::filesystem::path& file, std::span<const TaskCase> cases) {
+  auto list = nlohmann::json::array();
+  for (const TaskCase& c : cases) {
+    list.push_back({{"task", c.task},
+                    {"depth", c.depth},
+                    {"length", c.length},
+                    {"context", c.context},
+                    {"question", c.question},
+                    {"answer", c.answer}});
+  }
+  std::ofstream out(file);
+  out << nlohmann::json{{"format", "kvfold-cases-1"}, {"cases", list}}.dump(1) << "\n";
+  if (!out.flush()) throw std::runtime_error(file.string() + ": cannot be written");
+}
+
+std::vector<TokenCase> read_cases(const std::filesystem::path& file, const decoder::Config& config) {
+  std::ifstream in(file);
+  if (!in) throw std::runtime_error(file.string() + ": cannot be opened");
+  const auto json = nlohmann::json::parse(in, nullptr, false);
+  if (!json.is_object() || json.value("format", "") != "kvfold-token-cases-1" || !json.contains("cases")) {
+    throw std::runtime_error(file.string() + ": has no cases in tokens; make one with tools/prepare_smollm2 tasks");
+  }
+  std::vector<TokenCase> cases;
+  try {
+    for (const auto& each : json["cases"]) {
+      cases.push_back({each.at("task"), each.at("depth"), each.at("length"), each.at("context"), each.at("question"),
+                       each.at("answer")});
+    }
+  } catch (const nlohmann::json::exception& error) {
+    throw std::runtime_error(file.string() + ": " + error.what());
+  }
+  for (const TokenCase& c : cases) {
+    if (c.context.empty() || c.question.empty() || c.answer.empty()) {
+      throw std::runtime_error(file.string() + ": a case has no context, question or answer");
+    }
+    for (const auto* part : {&c.context, &c.question, &c.answer}) {
+      for (const decoder::Token token : *part) {
+        if (token < 0 || token >= config.vocab_size)
+          throw std::runtime_error(file.string() + ": has tokens of another model");
+      }
+    }
+  }
+  return cases;
+}
+
 }  // namespace evaluation

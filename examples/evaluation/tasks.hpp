@@ -1,5 +1,5 @@
 /// \file
-/// Retrieval tasks inside book text, in the manner of RULER, for models that read bytes.
+/// Retrieval tasks inside book text, in the manner of RULER.
 
 #pragma once
 
@@ -25,6 +25,23 @@ struct TaskCase {
   std::string answer;
 };
 
+/// A case in the tokens of a model.
+struct TokenCase {
+  std::string task;
+  double depth = 0.0;
+  std::size_t length = 0;  ///< bytes of the text that it was made of
+  std::vector<decoder::Token> context, question, answer;
+};
+
+/// Which cases are made: every task at every length and depth.
+struct TaskSuite {
+  std::vector<std::string> names;
+  std::filesystem::path templates = "data/tasks/templates.json";
+  std::vector<std::size_t> lengths{1900};  ///< bytes of context and question
+  std::vector<double> depths{0.0, 0.25, 0.5, 0.75, 1.0};
+  std::size_t cases = 4;  ///< for each task, length and depth
+};
+
 /// Wording from data/tasks/templates.json; cases from seeds. The same seed gives the same case on every platform.
 class TaskMaker {
  public:
@@ -42,5 +59,20 @@ class TaskMaker {
   class Draw;
   nlohmann::json spec_;
 };
+
+/// All cases of a suite, dealt to the texts in turn. Another seed gives fresh ones.
+/// \throws std::runtime_error as TaskMaker does
+[[nodiscard]] std::vector<TaskCase> make_cases(const TaskSuite& suite, std::span<const Text> texts, std::uint64_t seed);
+
+/// A case for a model that reads bytes.
+[[nodiscard]] TokenCase byte_case(const TaskCase& text);
+
+/// Cases as text, for `tools/prepare_smollm2 tasks` and its like to turn into tokens.
+/// \throws std::runtime_error when the file cannot be written
+void write_cases(const std::filesystem::path& file, std::span<const TaskCase> cases);
+
+/// Cases that another program has turned into tokens.
+/// \throws std::runtime_error when the file is missing, malformed or has tokens that the model does not know
+[[nodiscard]] std::vector<TokenCase> read_cases(const std::filesystem::path& file, const decoder::Config& config);
 
 }  // namespace evaluation

@@ -138,13 +138,9 @@ TEST_F(DecoderTest, RefusesAConfigThatDoesNotFitTheWeights) {
   }
 }
 
-/// SmolLM2-135M-Instruct against the logits that an independent implementation gave for the same weights
-/// (tools/make_golden_logits). tools/test prepares the model and says where it is.
-TEST(SmolLm2Test, AgreesWithAnIndependentImplementation) {
-  const char* directory = std::getenv("KVFOLD_SMOLLM2_DIR");
-  if (directory == nullptr)
-    GTEST_SKIP() << "KVFOLD_SMOLLM2_DIR is not set: run tools/test, or tools/prepare_smollm2 model";
-  std::ifstream in(std::string(KVFOLD_TESTS_DIR) + "/golden/smollm2_logits.json");
+/// A model's logits against those that an independent implementation gave for the same weights (tools/make_golden_logits).
+void expect_golden_logits(const std::filesystem::path& directory, const char* file) {
+  std::ifstream in(std::filesystem::path(KVFOLD_TESTS_DIR) / "golden" / file);
   const auto golden = nlohmann::json::parse(in);
   ThreadPool pool(2);
   Decoder model(directory, pool);
@@ -154,6 +150,7 @@ TEST(SmolLm2Test, AgreesWithAnIndependentImplementation) {
 
   constexpr float kTolerance = 1e-3f;  // two other implementations differ by 1e-4; logits reach 32
   const auto argmax = golden.at("argmax").get<std::vector<Eigen::Index>>();
+  ASSERT_EQ(static_cast<std::size_t>(logits.rows()), argmax.size());
   for (Eigen::Index t = 0; t < logits.rows(); ++t) {
     Eigen::Index best = 0;
     logits.row(t).maxCoeff(&best);
@@ -171,6 +168,18 @@ TEST(SmolLm2Test, AgreesWithAnIndependentImplementation) {
     const float most = row.maxCoeff();
     EXPECT_NEAR(most + std::log((row.array() - most).exp().sum()), at.at("log_sum_exp").get<float>(), kTolerance);
   }
+}
+
+/// tools/test prepares the model and says where it is.
+TEST(GoldenLogits, OfSmolLm2) {
+  const char* directory = std::getenv("KVFOLD_SMOLLM2_DIR");
+  if (directory == nullptr)
+    GTEST_SKIP() << "KVFOLD_SMOLLM2_DIR is not set: run tools/test, or tools/prepare_smollm2 model";
+  expect_golden_logits(directory, "smollm2_logits.json");
+}
+
+TEST(GoldenLogits, OfTinyBooks) {
+  expect_golden_logits(std::filesystem::path(KVFOLD_TESTS_DIR) / "../models/tiny-books", "tiny_books_logits.json");
 }
 
 }  // namespace

@@ -189,6 +189,61 @@ TEST(Tasks, DependOnTheSeedAndOnNothingElse) {
   EXPECT_NE(text_of(4), text_of(5));
 }
 
+TEST(Cases, OneForEachTaskLengthAndDepthAndAllOfThemDifferent) {
+  const std::vector<Text> texts{lines_of_text()};
+  const evaluation::TaskSuite suite{
+      .names = {"single", "keys"}, .templates = kTemplates, .lengths = {400, 800}, .depths = {0.0, 1.0}, .cases = 3};
+  const auto cases = evaluation::make_cases(suite, texts, 1);
+  ASSERT_EQ(cases.size(), 24u);
+  std::set<std::string> seen;
+  for (const auto& c : cases) {
+    EXPECT_LE(c.context.size() + c.question.size(), c.length);
+    seen.insert(c.context + c.question);
+  }
+  EXPECT_EQ(seen.size(), cases.size());
+  EXPECT_NE(cases[0].question, cases[12].question) << "tasks share their names";
+  EXPECT_EQ(evaluation::make_cases(suite, texts, 1)[5].context, cases[5].context);
+  EXPECT_NE(evaluation::make_cases(suite, texts, 2)[5].context, cases[5].context);
+}
+
+TEST(Cases, GoThroughAFileAsTextAndComeBackAsTokens) {
+  const auto file = std::filesystem::path(testing::TempDir()) / "kvfold_cases.json";
+  const std::vector<Text> texts{lines_of_text()};
+  const auto made = evaluation::make_cases(
+      {.names = {"single"}, .templates = kTemplates, .lengths = {400}, .depths = {0.5}, .cases = 2}, texts, 1);
+  evaluation::write_cases(file, made);
+  std::ifstream in(file);
+  auto json = nlohmann::json::parse(in);
+  EXPECT_EQ(json.at("format"), "kvfold-cases-1");
+  EXPECT_EQ(json.at("cases").at(1).at("answer"), made[1].answer);
+
+  decoder::Config config;
+  config.vocab_size = 256;
+  EXPECT_THROW(static_cast<void>(evaluation::read_cases(file, config)), std::runtime_error) << "these are no tokens";
+  json["format"] = "kvfold-token-cases-1";
+  for (auto& c : json["cases"]) {  // what a tokeniser would do
+    for (const char* part : {"context", "question", "answer"}) {
+      const auto text = c[part].get<std::string>();
+      c[part] = std::vector<decoder::Token>(text.begin(), text.end());
+    }
+  }
+  std::ofstream(file) << json;
+  const auto read = evaluation::read_cases(file, config);
+  ASSERT_EQ(read.size(), 2u);
+  EXPECT_EQ(read[1].context, evaluation::byte_case(made[1]).context);
+  EXPECT_EQ(read[1].answer, evaluation::byte_case(made[1]).answer);
+
+  config.vocab_size = 100;
+  EXPECT_THROW(static_cast<void>(evaluation::read_cases(file, config)), std::runtime_error) << "unknown tokens";
+  config.vocab_size = 256;
+  json["cases"][0]["answer"] = nlohmann::json::array();
+  std::ofstream(file) << json;
+  EXPECT_THROW(static_cast<void>(evaluation::read_cases(file, config)), std::runtime_error) << "no answer";
+  json["cases"][0].erase("answer");
+  std::ofstream(file) << json;
+  EXPECT_THROW(static_cast<void>(evaluation::read_cases(file, config)), std::runtime_error) << "a field is missing";
+}
+
 TEST(Tasks, WhatDoesNotFitIsRefused) {
   const evaluation::TaskMaker maker(kTemplates);
   EXPECT_THROW(static_cast<void>(maker.make("single", lines_of_text(), 60, 0.5, 1)), std::runtime_error);

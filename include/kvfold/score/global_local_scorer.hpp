@@ -34,6 +34,9 @@ class GlobalLocalScorer {
     Normalise normalise = Normalise::none;       ///< of the global term
     Index query_stride = 1;     ///< s: the global term takes every s-th query (QueryRows evidence only)
     float global_weight = 1.f;  ///< omega, of the aligned global term, at least 0; 1 in EMS
+    float agreement = 0.f;      ///< EXPERIMENT
+    int agreement_kind = 0;
+    int span_kind = 0; int span_back = 0; float span_decay = 1.f;
     float span_weight = 0.75f;  ///< beta, at least 0; 0 leaves the span term out
     Index span_width = 13;      ///< w, rows, odd: as wide as an answer
     Pool local_pool{};          ///< of loc, before alignment
@@ -137,12 +140,40 @@ class GlobalLocalScorer {
       detail::pool_row(evictable(loc), options_.local_pool, evictable(pooled));
       std::copy_n(pooled.begin() + first, end - first, loc.begin() + first);
     }
-    const double alpha = static_cast<double>(options_.global_weight) * alignment(evictable(loc), evictable(glo));
+    double trust = 1.0;
+    if (options_.agreement > 0.f) {
+      double a = 0, b = 0, c = 0;
+      for (Index t = first; t < end; ++t) {
+        const double g = double(glo[detail::at(t)]), l = double(loc[detail::at(t)]);
+        if (options_.agreement_kind == 0) { a += g * l; b += g * g; c += l * l; }
+        else { a += std::sqrt(g * l); b += g; c += l; }
+      }
+      if (a > 0) trust = std::pow(a / std::sqrt(b * c), double(options_.agreement));
+    }
+    const double alpha = trust * static_cast<double>(options_.global_weight) * alignment(evictable(loc), evictable(glo));
     for (std::size_t j = 0; j < out.size(); ++j) {
       const auto aligned = static_cast<float>(alpha * static_cast<double>(glo[j]));
       out[j] = options_.combine == Combine::max ? std::max(aligned, loc[j]) : aligned + loc[j];
     }
-    if (options_.span_weight > 0.f) {
+    if (options_.span_weight > 0.f && options_.span_kind > 0) {
+      for (Index t = first; t < end; ++t) {
+        const auto j = detail::at(t);
+        float best = 0.f; float w = options_.span_weight;
+        for (Index d = 1; d <= options_.span_width && t - d >= first; ++d) {
+          const auto i = detail::at(t - d);
+          const float x = options_.span_kind == 1 ? loc[i] : loc[i] - static_cast<float>(alpha * static_cast<double>(glo[i]));
+          best = std::max(best, x * w); w *= options_.span_decay;
+        }
+        w = options_.span_weight;
+        for (Index d = 1; d <= options_.span_back && t + d < end; ++d) {
+          const auto i = detail::at(t + d);
+          const float x = options_.span_kind == 1 ? loc[i] : loc[i] - static_cast<float>(alpha * static_cast<double>(glo[i]));
+          best = std::max(best, x * w); w *= options_.span_decay;
+        }
+        pooled[j] = best;
+      }
+      for (Index t = first; t < end; ++t) out[detail::at(t)] = std::max(out[detail::at(t)], pooled[detail::at(t)]);
+    } else if (options_.span_weight > 0.f) {
       detail::pool_row(evictable(loc), Pool{PoolKind::average, options_.span_width}, evictable(pooled));
       const double weight = static_cast<double>(options_.span_weight) * alignment(evictable(loc), evictable(pooled));
       for (Index t = first; t < end; ++t) {
