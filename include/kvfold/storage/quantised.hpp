@@ -94,16 +94,18 @@ namespace detail {
 /// Writes the 32 numbers of a block to `out`. Exact.
 inline void load_block(const BlockQ8_0& block, float* out) noexcept {
   const float scale = to_float(block.scale);
-  for (std::size_t i = 0; i < block.values.size(); ++i) out[i] = scale * static_cast<float>(block.values[i]);
+  const auto values = block.values;  // bytes may alias `out`: a copy lets compilers vectorise
+  for (std::size_t i = 0; i < values.size(); ++i) out[i] = scale * static_cast<float>(values[i]);
 }
 
 /// Writes the 32 numbers of a block to `out`. Exact.
 inline void load_block(const BlockQ4_0& block, float* out) noexcept {
   const float scale = to_float(block.scale);
+  const auto pairs = block.pairs;  // as above
   constexpr std::size_t half = kBlockSize / 2;
   for (std::size_t i = 0; i < half; ++i) {
-    out[i] = scale * static_cast<float>((block.pairs[i] & 0xf) - 8);
-    out[i + half] = scale * static_cast<float>((block.pairs[i] >> 4) - 8);
+    out[i] = scale * static_cast<float>((pairs[i] & 0xf) - 8);
+    out[i + half] = scale * static_cast<float>((pairs[i] >> 4) - 8);
   }
 }
 
