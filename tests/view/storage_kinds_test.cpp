@@ -1,5 +1,5 @@
-// What holds for every kind of storage in every layout: the same numbers are compressed the same way, and rows that need
-// not change do not.
+// What holds for every kind of storage in every layout: the same numbers are compressed the same way, and rows that
+// need not change do not.
 #include "storage_kinds.hpp"
 
 #include <kvfold/attend.hpp>

@@ -76,7 +76,7 @@ namespace detail {
 }
 
 /// A positive normal double at the precision of fp32, ties to even. Written in integers, because compilers may contract
-/// fp32 arithmetic (fused multiply-add), and then blocks would depend on the processor that the program is compiled for.
+/// fp32 arithmetic (fused multiply-add), and then blocks would depend on the processor that was compiled for.
 [[nodiscard]] constexpr double at_fp32_precision(double x) noexcept {
   auto bits = std::bit_cast<std::uint64_t>(x);
   bits += 0x0fffffffu + (bits >> 29 & 1u);
@@ -126,8 +126,8 @@ inline void store_block(const float* in, BlockQ8_0& block) noexcept {
 }
 
 /// A block of the 32 numbers at `in`, bit for bit as ggml's reference quantisation makes it (`quantize_row_q4_0_ref`,
-/// compiled without contraction): with x the first number of largest magnitude, the scale is x / -8, rounded to fp16 only
-/// when it is stored; q is the quotient + 8.5, cut off, at most 15.
+/// compiled without contraction): with x the first number of largest magnitude, the scale is x / -8, rounded to fp16
+/// only when it is stored; q is the quotient + 8.5, cut off, at most 15.
 ///
 /// The scale overflows to infinity from 5.2e5 on, as in ggml. Where ggml's result is undefined, ours is as for q8_0.
 inline void store_block(const float* in, BlockQ4_0& block) noexcept {

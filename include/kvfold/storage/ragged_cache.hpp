@@ -37,8 +37,8 @@ struct HeapMemory {
 /// One sequence of one layer: per-head counts, positions and log masses; a `MutableKVCacheView` by itself.
 ///
 /// For engines that have no cache of their own, for tests and for examples. Rows of a head are contiguous. Appending
-/// grows capacity by half; `resize` (what compression calls) returns the memory of the rows that went. Rows of `Int8` are
-/// kept with their scales, rows of fp8 without.
+/// grows capacity by half; `resize` (what compression calls) returns the memory of the rows that went. Rows of `Int8`
+/// are kept with their scales, rows of fp8 without.
 template <Stored K = float, Stored V = K, class Memory = HeapMemory>
 class RaggedCache {
  public:
