@@ -119,8 +119,9 @@ TYPED_TEST(RowCodec, CopiesEveryBitWhateverItMeans) {
 }
 
 TYPED_TEST(RowCodec, NoRowsAreReadWhereNoneAreAskedFor) {
+  const std::vector<TypeParam> rows(at(this->kUnits));
   float untouched = 7.f;
-  detail::read_rows<TypeParam>(nullptr, this->kUnits, 1, 0, kWidth, nullptr, 0, &untouched);
+  detail::read_rows<TypeParam>(rows.data(), this->kUnits, 1, 0, kWidth, nullptr, 0, &untouched);
   EXPECT_EQ(untouched, 7.f);
 }
 
