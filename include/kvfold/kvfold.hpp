@@ -31,6 +31,7 @@
 #include "kvfold/attend.hpp"
 
 #include "kvfold/storage/elements.hpp"
+#include "kvfold/storage/quantised.hpp"
 #include "kvfold/storage/ragged_cache.hpp"
 
 #include "kvfold/exec/executor.hpp"

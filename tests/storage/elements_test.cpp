@@ -10,6 +10,8 @@
 
 #include <gtest/gtest.h>
 
+#include "golden_blocks.hpp"
+
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
@@ -55,7 +57,10 @@ std::uint32_t bits_of(float x) { return std::bit_cast<std::uint32_t>(x); }
 struct ElementName {
   template <class T>
   static std::string GetName(int) {  // NOLINT(readability-identifier-naming): GoogleTest's
-    return std::same_as<T, float> ? "float" : std::same_as<T, Float16> ? "Float16" : "BFloat16";
+    return std::same_as<T, float>      ? "float"
+           : std::same_as<T, Float16>  ? "Float16"
+           : std::same_as<T, BFloat16> ? "BFloat16"
+                                       : "Float8E4M3";
   }
 };
 
@@ -145,6 +150,46 @@ TEST(Float16Test, ConversionsAreConstantExpressions) {
   static_assert(to_float(BFloat16{0x3f80}) == 1.f && from_float<BFloat16>(1.f).bits == 0x3f80);
 }
 
+TEST(Float8E4M3Test, EveryCodeReadsAsMlDtypesReadsIt) {
+  const auto lines = test::golden_blocks("e4m3_read");
+  ASSERT_EQ(lines.size(), 256u);
+  for (const auto& line : lines) {
+    const Float8E4M3 code{static_cast<std::uint8_t>(test::hex(line[0]))};
+    const float expected = test::hex_float(line[1]);
+    float loaded = 0.f;
+    load_floats(&code, 1, &loaded);
+    EXPECT_EQ(bits_of(loaded), bits_of(to_float(code))) << line[0];
+    if (std::isnan(expected)) {
+      EXPECT_TRUE(std::isnan(to_float(code))) << line[0];
+    } else {
+      EXPECT_EQ(bits_of(to_float(code)), bits_of(expected)) << line[0];
+    }
+  }
+}
+
+TEST(Float8E4M3Test, RoundsAsMlDtypesDoesAndSaturates) {
+  const auto lines = test::golden_blocks("e4m3_write");
+  ASSERT_GT(lines.size(), 1000u);
+  for (const auto& line : lines) {
+    EXPECT_EQ(unsigned{from_float<Float8E4M3>(test::hex_float(line[0])).bits}, test::hex(line[1])) << line[0];
+  }
+}
+
+TEST(Float8E4M3Test, OnlyNanIsNan) {
+  for (const std::uint32_t nan : {0x7fc00000u, 0x7f800001u, 0x7fffffffu}) {
+    EXPECT_EQ(from_float<Float8E4M3>(std::bit_cast<float>(nan)).bits, 0x7f) << std::hex << nan;
+    EXPECT_EQ(from_float<Float8E4M3>(std::bit_cast<float>(nan | 0x80000000u)).bits, 0xff) << std::hex << nan;
+  }
+  EXPECT_EQ(from_float<Float8E4M3>(std::numeric_limits<float>::infinity()).bits, 0x7e);
+  EXPECT_EQ(from_float<Float8E4M3>(-std::numeric_limits<float>::max()).bits, 0xfe);
+}
+
+TEST(Float8E4M3Test, ConversionsAreConstantExpressions) {
+  static_assert(to_float(Float8E4M3{0x38}) == 1.f && from_float<Float8E4M3>(1.f).bits == 0x38);
+  static_assert(to_float(Float8E4M3{0x7e}) == 448.f && from_float<Float8E4M3>(1e9f).bits == 0x7e);
+  static_assert(to_float(Float8E4M3{0x01}) == 0x1p-9f && from_float<Float8E4M3>(-0x1p-9f).bits == 0x81);
+}
+
 #if defined(__SSE2__)
 /// Flushes subnormal results to zero and reads subnormal operands as zero, as inference engines do.
 class FlushingSubnormals {
@@ -197,7 +242,7 @@ TYPED_TEST(SixteenBitElement, ThreadsThatFlushSubnormalsWriteTheSameNumbers) {
 
 template <class T>
 class ElementRows : public testing::Test {};
-using AllTypes = testing::Types<float, Float16, BFloat16>;
+using AllTypes = testing::Types<float, Float16, BFloat16, Float8E4M3>;
 TYPED_TEST_SUITE(ElementRows, AllTypes, ElementName);
 
 TYPED_TEST(ElementRows, LoadConvertsAsManyAsAskedForAndNoMore) {

@@ -417,5 +417,165 @@ TYPED_TEST(RaggedCacheTest, TheLargestSizesDoNotOverflow) {
             static_cast<std::size_t>(kMaxRows) * static_cast<std::size_t>(kMaxWidth) * sizeof(typename TypeParam::Key));
 }
 
+// --- Quantised rows --------------------------------------------------------------------------------------------
+
+constexpr LayerShape kBlocks{.kv_heads = 2, .group_size = 1, .key_dim = 64, .value_dim = 32};
+
+/// The same without its kinds, for names.
+struct QuantisedName {
+  template <class E>
+  static std::string GetName(int i) {  // NOLINT(readability-identifier-naming): GoogleTest's
+    return std::vector<std::string>{"int8_int8", "q8_0_int8", "fp8_q4_0"}[at(i)];
+  }
+};
+
+template <class E>
+class QuantisedRaggedCacheTest : public testing::Test {
+ protected:
+  using Cache = RaggedCache<typename E::Key, typename E::Value, CountingMemory>;
+
+  QuantisedRaggedCacheTest() { CountingMemory::reset(); }
+  ~QuantisedRaggedCacheTest() override { EXPECT_EQ(CountingMemory::live, 0u) << "memory leaks"; }
+
+  static float number(Index h, Index t, Index d) {
+    return static_cast<float>((h * 31 + t * 17 + d * 7) % 101 - 50) / 9.f;
+  }
+
+  /// Rows [first, first + n), at `order` of their tensors.
+  static Status append(Cache& cache, Index first, Index n, bool transposed = false) {
+    const Strides key_order = transposed ? Strides::transposed(n, 64) : Strides::head_major(n, 64);
+    const Strides value_order = transposed ? Strides::transposed(n, 32) : Strides::head_major(n, 32);
+    std::vector<float> keys(at(2 * n * 64)), values(at(2 * n * 32));
+    std::vector<Position> positions;
+    for (Index i = 0; i < n; ++i) {
+      positions.push_back(first + i);
+      for (Index h = 0; h < 2; ++h) {
+        for (Index d = 0; d < 64; ++d) {
+          keys[at(h * key_order.head + i * key_order.token + d * key_order.dim)] = number(h, first + i, d);
+        }
+        for (Index d = 0; d < 32; ++d) {
+          values[at(h * value_order.head + i * value_order.token + d * value_order.dim)] = number(h, first + i, d + 5);
+        }
+      }
+    }
+    return cache.append(keys.data(), key_order, values.data(), value_order, positions);
+  }
+  static Cache make(Index rows) {
+    Cache cache = Cache::create(kBlocks).value();
+    EXPECT_TRUE(append(cache, 0, rows).ok());
+    return cache;
+  }
+  static std::vector<float> row_of(const Cache& cache, Index h, Index t) {
+    std::vector<float> all(96);
+    cache.read_keys(h, t, 1, std::span(all).first(64));
+    cache.read_values(h, t, 1, std::span(all).subspan(64));
+    return all;
+  }
+  /// Row `row` of the source, up to a step of the coarsest kind.
+  static void expect_row(const Cache& cache, Index h, Index t, Index row) {
+    const std::vector<float> got = row_of(cache, h, t);
+    for (Index d = 0; d < 64; ++d) ASSERT_NEAR(got[at(d)], number(h, row, d), 0.5f) << h << " " << t << " " << d;
+    for (Index d = 0; d < 32; ++d) {
+      ASSERT_NEAR(got[at(64 + d)], number(h, row, d + 5), 0.8f) << h << " " << t << " " << d;
+    }
+    ASSERT_EQ(cache.position(h, t), row);
+  }
+};
+using QuantisedPairs = testing::Types<Elements<Int8, Int8>, Elements<BlockQ8_0, Int8>, Elements<Float8E4M3, BlockQ4_0>>;
+TYPED_TEST_SUITE(QuantisedRaggedCacheTest, QuantisedPairs, QuantisedName);
+
+template <class E>
+Index bytes_of_a_row() {
+  Index bytes = sizeof(Position) + sizeof(float);
+  if (std::same_as<typename E::Key, Int8>) bytes += 64 + 4;
+  if (std::same_as<typename E::Key, BlockQ8_0>) bytes += 2 * 34;
+  if (std::same_as<typename E::Key, Float8E4M3>) bytes += 64;
+  return bytes + (std::same_as<typename E::Value, Int8> ? 32 + 4 : 18);
+}
+
+TYPED_TEST(QuantisedRaggedCacheTest, ModelsTheWholeContract) {
+  using Tested = typename TestFixture::Cache;
+  static_assert(MutableKVCacheView<Tested> && HasWritableLogMass<Tested> && HasRowBytes<Tested>);
+  auto cache = TestFixture::make(3);
+  EXPECT_EQ(cache.key_rows(0, 0, 1), nullptr);
+  EXPECT_EQ(cache.value_rows(0, 0, 1), nullptr);
+}
+
+TYPED_TEST(QuantisedRaggedCacheTest, AppendingQuantisesRowsOfAnyStrides) {
+  const auto cache = TestFixture::make(7);
+  auto transposed = TestFixture::Cache::create(kBlocks).value();
+  ASSERT_TRUE(TestFixture::append(transposed, 0, 7, true).ok());
+  for (Index h = 0; h < 2; ++h) {
+    for (Index t = 0; t < 7; ++t) {
+      TestFixture::expect_row(cache, h, t, t);
+      EXPECT_EQ(TestFixture::row_of(cache, h, t), TestFixture::row_of(transposed, h, t));
+    }
+  }
+}
+
+TYPED_TEST(QuantisedRaggedCacheTest, RowBytesAndLiveBytesCountScalesToo) {
+  auto cache = TestFixture::make(40);
+  EXPECT_EQ(cache.row_bytes(0), bytes_of_a_row<TypeParam>());
+  EXPECT_EQ(cache.live_bytes(), static_cast<Index>(CountingMemory::live));
+  cache.resize(0, 11);
+  cache.resize(1, 3);
+  EXPECT_EQ(cache.live_bytes(), 14 * bytes_of_a_row<TypeParam>());
+  EXPECT_EQ(cache.live_bytes(), static_cast<Index>(CountingMemory::live));
+  TestFixture::expect_row(cache, 0, 10, 10);
+}
+
+TYPED_TEST(QuantisedRaggedCacheTest, GrowsWithoutLosingEarlierRows) {
+  auto cache = TestFixture::make(1);
+  Index rows = 1;
+  for (const Index more : {1, 3, 20, 1}) {
+    ASSERT_TRUE(TestFixture::append(cache, rows, more).ok());
+    rows += more;
+    for (Index t = 0; t < rows; ++t) TestFixture::expect_row(cache, 1, t, t);
+  }
+}
+
+TYPED_TEST(QuantisedRaggedCacheTest, AnAppendThatFailsHalfwayChangesNoRow) {
+  auto cache = TestFixture::make(5);
+  Status status;
+  int failing_call = -1;
+  do {  // every allocation of the append fails once
+    CountingMemory::calls = 0;
+    CountingMemory::fail_from = ++failing_call;
+    status = TestFixture::append(cache, 5, 30);
+    if (!status.ok()) {
+      ASSERT_EQ(status.code(), StatusCode::out_of_memory);
+      ASSERT_EQ(cache.size(0), 5);
+      for (Index t = 0; t < 5; ++t) TestFixture::expect_row(cache, 1, t, t);
+      ASSERT_EQ(cache.live_bytes(), static_cast<Index>(CountingMemory::live));
+    }
+  } while (!status.ok());
+  EXPECT_GE(failing_call, 2 * 4);
+}
+
+TYPED_TEST(QuantisedRaggedCacheTest, MovedAndClonedRowsHaveTheirScales) {
+  auto cache = TestFixture::make(9);
+  const auto row = TestFixture::row_of(cache, 1, 8);
+  cache.move_row(1, 8, 2);
+  EXPECT_EQ(TestFixture::row_of(cache, 1, 2), row);
+  const auto copy = cache.clone();
+  ASSERT_TRUE(copy.ok());
+  cache.write_key(1, 2, std::vector<float>(64, 100.f));
+  cache.write_value(1, 2, std::vector<float>(32, 100.f));
+  EXPECT_EQ(TestFixture::row_of(copy.value(), 1, 2), row);
+  EXPECT_NE(TestFixture::row_of(cache, 1, 2), row);
+  TestFixture::expect_row(cache, 1, 3, 3);
+}
+
+TEST(RaggedCacheOfBlocks, RefusesWidthsThatAreNotWholeBlocks) {
+  const auto refused = [](Status status) {
+    return status.code() == StatusCode::invalid_argument && status.argument() == "shape";
+  };
+  EXPECT_TRUE(refused(RaggedCache<BlockQ8_0, float>::create({1, 1, 48, 32}).status()));
+  EXPECT_TRUE(refused(RaggedCache<float, BlockQ4_0>::create({1, 1, 32, 33}).status()));
+  EXPECT_TRUE(refused(RaggedCache<BlockQ4_0>::create({1, 1, 16, 16}).status()));
+  EXPECT_TRUE((RaggedCache<BlockQ8_0, float>::create({1, 1, 32, 33}).ok()));
+  EXPECT_TRUE((RaggedCache<Int8>::create({1, 1, 33, 1}).ok()));
+}
+
 }  // namespace
 }  // namespace kvfold

@@ -1,4 +1,6 @@
 // StridedView: rows of an engine's tensors, in any order of head, token and dim.
+#include <kvfold/attend.hpp>
+#include <kvfold/compressor.hpp>
 #include <kvfold/view/strided.hpp>
 
 #include <algorithm>
@@ -334,6 +336,201 @@ TEST(StridedViewOfConst, CanBeReadButNotWritten) {
   view.read_values(2, 30, 1, row);
   EXPECT_EQ(row[3], element(2, 30, 3, 100));
   EXPECT_NE(view.key_rows(0, 0, 1), nullptr);
+}
+
+// --- Blocks and scales -----------------------------------------------------------------------------------------
+
+/// Tensors of zeros, [H][T][D] and [H][T][E] in units of their types.
+template <class K, class V>
+struct QuantisedEngine {
+  static constexpr LayerShape kLayer{.kv_heads = 2, .group_size = 1, .key_dim = 64, .value_dim = 32};
+  std::vector<K> keys = std::vector<K>(2 * kRows * 64 / kUnit<K>);
+  std::vector<V> values = std::vector<V>(2 * kRows * 32 / kUnit<V>);
+  std::vector<float> key_scales = std::vector<float>(2 * kRows, 1.f);
+  std::vector<float> value_scales = std::vector<float>(2 * kRows, 1.f);
+  std::vector<Index> rows = std::vector<Index>(2, kRows);
+  std::vector<float> masses = std::vector<float>(2 * kRows);
+
+  StridedView<K, V> view() {
+    StridedView<K, V> made{.layer = kLayer,
+                           .keys = keys.data(),
+                           .key_strides = Strides::head_major(kRows, 64 / kUnit<K>),
+                           .values = values.data(),
+                           .value_strides = Strides::head_major(kRows, 32 / kUnit<V>),
+                           .rows = rows,
+                           .log_masses = masses,
+                           .log_mass_stride = kRows};
+    if (kMayBeScaled<K>) {
+      made.key_scales = key_scales.data();
+      made.key_scale_strides = kRowScaled<K> ? ScaleStrides{kRows, 1} : ScaleStrides{1, 0};
+    }
+    if (kMayBeScaled<V>) {
+      made.value_scales = value_scales.data();
+      made.value_scale_strides = kRowScaled<V> ? ScaleStrides{kRows, 1} : ScaleStrides{1, 0};
+    }
+    return made;
+  }
+};
+
+/// Whether every stage says that the view is wrong, and writes nothing.
+template <class View>
+bool refused(View view) {
+  const auto names_view = [](const Status& status) {
+    return status.code() == StatusCode::invalid_argument && status.argument() == "view";
+  };
+  const std::vector<float> query(64);
+  const std::vector<Position> positions{kRows};
+  const QueryRows queries = head_major_queries(query.data(), 1, 64, positions);
+  std::vector<float> out(32);
+  SerialExecutor serial;
+  const bool attends =
+      !names_view(attend(view, queries, {.data = out.data(), .head_stride = 32, .row_stride = 32}, {}, serial));
+  const bool plans = !names_view(StreamingLlm{}.workspace_bytes(view, NoEvidence{}, 1).status());
+  EXPECT_EQ(attends, plans);
+  return !attends && !plans;
+}
+
+TEST(StridedViewOfBlocks, NeedsWidthsOfWholeBlocks) {
+  QuantisedEngine<BlockQ8_0, BlockQ4_0> engine;
+  auto view = engine.view();
+  EXPECT_EQ(view.shape(), engine.kLayer);
+  EXPECT_FALSE(refused(view));
+  view.layer.key_dim = 48;
+  EXPECT_EQ(view.shape(), LayerShape{});
+  EXPECT_TRUE(refused(view));
+  view = engine.view();
+  view.layer.value_dim = 31;
+  EXPECT_TRUE(refused(view));
+}
+
+TEST(StridedViewOfBlocks, NeedsBlocksThatFollowEachOther) {
+  QuantisedEngine<BlockQ8_0, BlockQ4_0> engine;
+  auto view = engine.view();
+  view.key_strides.dim = 2;
+  EXPECT_TRUE(refused(view));
+  view = engine.view();
+  view.value_strides = Strides::transposed(kRows, 1);
+  EXPECT_TRUE(refused(view));
+}
+
+TEST(StridedViewOfBlocks, HasNoScalesApart) {
+  QuantisedEngine<BlockQ8_0, float> engine;
+  auto view = engine.view();
+  view.key_scales = engine.key_scales.data();
+  EXPECT_TRUE(refused(view));
+  view = engine.view();
+  view.value_scales = engine.key_scales.data();
+  EXPECT_TRUE(refused(view)) << "nor have floats";
+}
+
+TEST(StridedViewOfInt8, NeedsAScaleForEachRow) {
+  QuantisedEngine<Int8, Int8> engine;
+  EXPECT_FALSE(refused(engine.view()));
+  auto view = engine.view();
+  view.key_scales = nullptr;
+  EXPECT_TRUE(refused(view));
+  view = engine.view();
+  view.value_scales = nullptr;
+  EXPECT_TRUE(refused(view));
+  view = engine.view();
+  view.key_scale_strides.token = 0;
+  EXPECT_TRUE(refused(view)) << "rows of a head share one";
+  view = engine.view();
+  view.value_scale_strides.head = 0;
+  EXPECT_TRUE(refused(view)) << "heads share them";
+  view.layer.kv_heads = 1;
+  EXPECT_FALSE(refused(view));
+}
+
+TEST(StridedViewOfInt8, ConstRowsMayShareScales) {
+  QuantisedEngine<Int8, Int8> engine;
+  engine.keys[3].value = 7;
+  engine.key_scales[0] = 0.5f;
+  const float shared = 2.f;
+  StridedView<const Int8> view{.layer = engine.kLayer,
+                               .keys = engine.keys.data(),
+                               .key_strides = Strides::head_major(kRows, 64),
+                               .values = engine.values.data(),
+                               .value_strides = Strides::head_major(kRows, 32),
+                               .rows = engine.rows,
+                               .key_scales = engine.key_scales.data(),
+                               .key_scale_strides = {.head = kRows, .token = 1},
+                               .value_scales = &shared};
+  static_assert(!MutableKVCacheView<decltype(view)>);
+  EXPECT_FALSE(refused(view));
+  std::vector<float> row(64);
+  view.read_keys(0, 0, 1, row);
+  EXPECT_EQ(row[3], 3.5f);
+  view.value_scales = nullptr;
+  EXPECT_TRUE(refused(view)) << "but they need some";
+}
+
+TEST(StridedViewOfFp8, MayHaveAScaleForTheTensorOrEachHeadButNotForEachRow) {
+  QuantisedEngine<Float8E4M3, Float8E4M3> engine;
+  EXPECT_FALSE(refused(engine.view())) << "one for each head";
+  auto view = engine.view();
+  view.key_scale_strides.head = 0;
+  EXPECT_FALSE(refused(view)) << "one for the tensor";
+  view.key_scales = nullptr;
+  EXPECT_FALSE(refused(view)) << "none";
+  view.value_scale_strides.token = 1;
+  EXPECT_TRUE(refused(view));
+}
+
+TEST(StridedViewOfFp8, NeverWritesItsScales) {
+  QuantisedEngine<Float8E4M3, Float8E4M3> engine;
+  engine.key_scales = {0.5f, 4.f};
+  static_assert(std::same_as<decltype(engine.view().key_scales), const float*>);
+  auto view = engine.view();
+  const std::vector<float> key(64, 3.f);
+  view.write_key(1, 5, key);
+  view.move_row(1, 5, 2);
+  EXPECT_EQ(to_float(engine.keys[(kRows + 2) * 64]), 0.75f);
+  std::vector<float> row(64);
+  view.read_keys(1, 2, 1, row);
+  EXPECT_EQ(row, key);
+  EXPECT_EQ(engine.key_scales, (std::vector<float>{0.5f, 4.f}));
+}
+
+TEST(StridedViewOfInt8, MoveRowTakesTheScaleAlong) {
+  QuantisedEngine<Int8, Int8> engine;
+  auto view = engine.view();
+  view.write_key(1, 9, std::vector<float>(64, 254.f));
+  view.write_value(1, 9, std::vector<float>(32, -508.f));
+  auto expected_keys = engine.key_scales, expected_values = engine.value_scales;
+  EXPECT_EQ(expected_keys[kRows + 9], 2.f);
+  EXPECT_EQ(expected_values[kRows + 9], 4.f);
+  expected_keys[kRows + 4] = 2.f;
+  expected_values[kRows + 4] = 4.f;
+  view.move_row(1, 9, 4);
+  EXPECT_EQ(engine.key_scales, expected_keys);
+  EXPECT_EQ(engine.value_scales, expected_values);
+}
+
+// The pipeline on the view itself: storage_kinds_test.cpp goes through an interface.
+TEST(StridedViewOfBlocks, IsCompressedInPlace) {
+  QuantisedEngine<BlockQ8_0, BlockQ4_0> engine;
+  auto view = engine.view();
+  static_assert(MutableKVCacheView<decltype(view)>);
+  std::vector<float> key(64), value(32);
+  for (Index h = 0; h < 2; ++h) {
+    for (Index t = 0; t < kRows; ++t) {
+      for (Index d = 0; d < 64; ++d) key[at(d)] = element(h, t, d * 3, 1) / 100.f;
+      for (Index d = 0; d < 32; ++d) value[at(d)] = element(h, t, d * 5, 2) / 100.f;
+      view.write_key(h, t, key);
+      view.write_value(h, t, value);
+    }
+  }
+  const std::vector<Position> positions{kRows - 1};
+  const std::vector<float> queries(2 * 64, 0.3f);
+  const Ems ems({.score = {.window = 1, .protect = {.sinks = 1, .recent = 2}}, .budget = {.rows = 10}});
+  const auto report = ems.compress(view, head_major_queries(queries.data(), 2, 64, positions));
+  ASSERT_TRUE(report.ok()) << report.status().detail();
+  EXPECT_EQ(report->rows_kept, 20);
+  EXPECT_GT(report->rows_rewritten, 0);
+  EXPECT_EQ(report->bytes_before, 2 * kRows * (2 * 34 + 18));
+  EXPECT_EQ(report->bytes_after, 20 * (2 * 34 + 18));
+  EXPECT_EQ(engine.rows[0] + engine.rows[1], 20);
 }
 
 }  // namespace

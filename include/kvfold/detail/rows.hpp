@@ -79,6 +79,9 @@ template <KVCacheView V>
 template <KVCacheView V>
 [[nodiscard]] Status check_view(const V& view) noexcept {
   const LayerShape shape = view.shape();
+  if (shape == LayerShape{}) {
+    return {StatusCode::invalid_argument, "view", "has no shape: widths, strides or scales do not fit its storage"};
+  }
   if (shape.kv_heads < 1 || shape.group_size < 1 || shape.kv_heads > kMaxHeads || shape.group_size > kMaxHeads ||
       shape.query_heads() > kMaxHeads) {
     return {StatusCode::invalid_argument, "view",

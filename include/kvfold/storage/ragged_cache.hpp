@@ -12,8 +12,10 @@
 #include <span>
 #include <utility>
 
+#include "kvfold/detail/row_codec.hpp"
 #include "kvfold/status.hpp"
 #include "kvfold/storage/elements.hpp"
+#include "kvfold/storage/quantised.hpp"
 #include "kvfold/view/concepts.hpp"
 #include "kvfold/view/strided.hpp"
 
@@ -35,8 +37,9 @@ struct HeapMemory {
 /// One sequence of one layer: per-head counts, positions and log masses; a `MutableKVCacheView` by itself.
 ///
 /// For engines that have no cache of their own, for tests and for examples. Rows of a head are contiguous. Appending
-/// grows capacity by half; `resize` (what compression calls) returns the memory of the rows that went.
-template <Element K = float, Element V = K, class Memory = HeapMemory>
+/// grows capacity by half; `resize` (what compression calls) returns the memory of the rows that went. Rows of `Int8`
+/// are kept with their scales, rows of fp8 without.
+template <Stored K = float, Stored V = K, class Memory = HeapMemory>
 class RaggedCache {
  public:
   /// \returns an empty cache, or `invalid_argument` / `out_of_memory`.
@@ -47,6 +50,10 @@ class RaggedCache {
     }
     if (shape.key_dim < 1 || shape.key_dim > kMaxWidth || shape.value_dim < 1 || shape.value_dim > kMaxWidth) {
       return Status{StatusCode::invalid_argument, "shape", "key_dim and value_dim must be in [1, kMaxWidth]"};
+    }
+    if (!detail::width_fits<K>(shape.key_dim) || !detail::width_fits<V>(shape.value_dim)) {
+      return Status{StatusCode::invalid_argument, "shape",
+                    "key_dim or value_dim is not a multiple of its storage's block of 32"};
     }
     RaggedCache cache;
     cache.heads_.reset(new (std::nothrow) Head[static_cast<std::size_t>(shape.kv_heads)]);
@@ -79,7 +86,8 @@ class RaggedCache {
       Head& to = copy->head(h);
       if (!copy->set_capacity(to, from.rows)) return no_memory();
       for (std::size_t a = 0; a < kArrays; ++a) {
-        if (from.rows > 0) std::memcpy(to.block[a], from.block[a], copy->array_bytes(a, from.rows));
+        if (copy->array_bytes(a, from.rows) > 0)
+          std::memcpy(to.block[a], from.block[a], copy->array_bytes(a, from.rows));
       }
       to.rows = from.rows;
     }
@@ -92,7 +100,8 @@ class RaggedCache {
     return grow([rows](const Head&) { return rows; });
   }
 
-  /// Appends `positions.size()` rows to every head, with log mass 0. Nothing changes when it fails.
+  /// Appends `positions.size()` rows to every head, with log mass 0, converted to the storage types. Nothing changes
+  /// when it fails.
   /// \param keys, values element (h, i, d) of the new rows at `h * head + i * token + d * dim` of the strides.
   /// \param positions of the new rows, ascending, none below the last row's.
   Status append(const float* keys, Strides key_strides, const float* values, Strides value_strides,
@@ -118,10 +127,12 @@ class RaggedCache {
     for (Index h = 0; h < shape_.kv_heads; ++h) {
       Head& to = head(h);
       for (Index i = 0; i < n; ++i) {
-        store(keys + h * key_strides.head + i * key_strides.token, key_strides.dim, key(h, to.rows + i),
-              shape_.key_dim);
-        store(values + h * value_strides.head + i * value_strides.token, value_strides.dim, value(h, to.rows + i),
-              shape_.value_dim);
+        const float* new_key = keys + h * key_strides.head + i * key_strides.token;
+        const float* new_value = values + h * value_strides.head + i * value_strides.token;
+        detail::write_strided_row<K>(new_key, key_strides.dim, shape_.key_dim, key(h, to.rows + i), 1,
+                                     key_scale(h, to.rows + i));
+        detail::write_strided_row<V>(new_value, value_strides.dim, shape_.value_dim, value(h, to.rows + i), 1,
+                                     value_scale(h, to.rows + i));
         this->positions(to)[to.rows + i] = positions[static_cast<std::size_t>(i)];
         log_masses(to)[to.rows + i] = 0.f;
       }
@@ -146,29 +157,38 @@ class RaggedCache {
   [[nodiscard]] float log_mass(Index h, Index t) const noexcept { return log_masses(head(h))[t]; }
   [[nodiscard]] Rope rope() const noexcept { return rope_; }
   [[nodiscard]] Index row_bytes(Index /*h*/) const noexcept {
-    return static_cast<Index>(element_bytes(0) + element_bytes(1) + element_bytes(2) + element_bytes(3));
+    Index bytes = 0;
+    for (std::size_t a = 0; a < kArrays; ++a) bytes += static_cast<Index>(element_bytes(a));
+    return bytes;
   }
   void read_keys(Index h, Index t, Index n, std::span<float> out) const noexcept {
-    load_floats(key(h, t), n * shape_.key_dim, out.data());
+    detail::read_rows<K>(key(h, t), detail::row_units<K>(shape_.key_dim), 1, n, shape_.key_dim, key_scale(h, t), 1,
+                         out.data());
   }
   void read_values(Index h, Index t, Index n, std::span<float> out) const noexcept {
-    load_floats(value(h, t), n * shape_.value_dim, out.data());
+    detail::read_rows<V>(value(h, t), detail::row_units<V>(shape_.value_dim), 1, n, shape_.value_dim, value_scale(h, t),
+                         1, out.data());
   }
-  [[nodiscard]] const float* key_rows(Index h, Index t, Index /*n*/) const noexcept { return as_floats(key(h, t)); }
-  [[nodiscard]] const float* value_rows(Index h, Index t, Index /*n*/) const noexcept { return as_floats(value(h, t)); }
+  [[nodiscard]] const float* key_rows(Index h, Index t, Index /*n*/) const noexcept {
+    return detail::rows_in_place<K>(key(h, t), shape_.key_dim, 1, shape_.key_dim);
+  }
+  [[nodiscard]] const float* value_rows(Index h, Index t, Index /*n*/) const noexcept {
+    return detail::rows_in_place<V>(value(h, t), shape_.value_dim, 1, shape_.value_dim);
+  }
 
   // --- MutableKVCacheView ------------------------------------------------------------------------------------------
   void write_key(Index h, Index t, std::span<const float> in) noexcept {
-    store_floats(in.data(), shape_.key_dim, key(h, t));
+    detail::write_row<K>(in.data(), shape_.key_dim, key(h, t), 1, key_scale(h, t));
   }
   void write_value(Index h, Index t, std::span<const float> in) noexcept {
-    store_floats(in.data(), shape_.value_dim, value(h, t));
+    detail::write_row<V>(in.data(), shape_.value_dim, value(h, t), 1, value_scale(h, t));
   }
   void write_log_mass(Index h, Index t, float mass) noexcept { log_masses(head(h))[t] = mass; }
   void move_row(Index h, Index from, Index to) noexcept {
     Head& at = head(h);
     for (std::size_t a = 0; a < kArrays; ++a) {
       const std::size_t bytes = element_bytes(a);
+      if (bytes == 0) continue;
       auto* base = static_cast<std::byte*>(at.block[a]);
       std::memmove(base + static_cast<std::size_t>(to) * bytes, base + static_cast<std::size_t>(from) * bytes, bytes);
     }
@@ -181,7 +201,7 @@ class RaggedCache {
   }
 
  private:
-  static constexpr std::size_t kArrays = 4;  // keys, values, positions, log masses
+  static constexpr std::size_t kArrays = 6;  // keys, values, positions, log masses, scales of keys and of values
 
   struct Head {
     std::array<void*, kArrays> block{};
@@ -200,20 +220,29 @@ class RaggedCache {
     return heads_[static_cast<std::size_t>(h)];
   }
   [[nodiscard]] K* key(Index h, Index t) const noexcept {
-    return static_cast<K*>(head(h).block[0]) + t * shape_.key_dim;
+    return static_cast<K*>(head(h).block[0]) + t * detail::row_units<K>(shape_.key_dim);
   }
   [[nodiscard]] V* value(Index h, Index t) const noexcept {
-    return static_cast<V*>(head(h).block[1]) + t * shape_.value_dim;
+    return static_cast<V*>(head(h).block[1]) + t * detail::row_units<V>(shape_.value_dim);
+  }
+  /// Null where rows have no scale of their own.
+  [[nodiscard]] float* key_scale(Index h, Index t) const noexcept {
+    return kRowScaled<K> ? static_cast<float*>(head(h).block[4]) + t : nullptr;
+  }
+  [[nodiscard]] float* value_scale(Index h, Index t) const noexcept {
+    return kRowScaled<V> ? static_cast<float*>(head(h).block[5]) + t : nullptr;
   }
   [[nodiscard]] static Position* positions(const Head& at) noexcept { return static_cast<Position*>(at.block[2]); }
   [[nodiscard]] static float* log_masses(const Head& at) noexcept { return static_cast<float*>(at.block[3]); }
 
   [[nodiscard]] std::size_t element_bytes(std::size_t array) const noexcept {
     switch (array) {
-      case 0: return static_cast<std::size_t>(shape_.key_dim) * sizeof(K);
-      case 1: return static_cast<std::size_t>(shape_.value_dim) * sizeof(V);
+      case 0: return static_cast<std::size_t>(detail::row_units<K>(shape_.key_dim)) * sizeof(K);
+      case 1: return static_cast<std::size_t>(detail::row_units<V>(shape_.value_dim)) * sizeof(V);
       case 2: return sizeof(Position);
-      default: return sizeof(float);
+      case 3: return sizeof(float);
+      case 4: return kRowScaled<K> ? sizeof(float) : 0;
+      default: return kRowScaled<V> ? sizeof(float) : 0;
     }
   }
   [[nodiscard]] std::size_t array_bytes(std::size_t array, Index rows) const noexcept {
@@ -250,17 +279,6 @@ class RaggedCache {
     return true;
   }
   void release(Head& at) noexcept { static_cast<void>(set_capacity(at, 0)); }
-
-  template <Element E>
-  static void store(const float* from, Index stride, E* to, Index width) noexcept {
-    if (stride == 1) return store_floats(from, width, to);
-    for (Index d = 0; d < width; ++d) to[d] = from_float<E>(from[d * stride]);
-  }
-  static const float* as_floats(const float* rows) noexcept { return rows; }
-  template <Element E>
-  static const float* as_floats(const E*) noexcept {
-    return nullptr;
-  }
 
   LayerShape shape_;
   Rope rope_;

@@ -1,17 +1,19 @@
 /// \file
-/// Rows of f32, f16 or bf16 in the engine's own memory, in any order of (head, token, dim).
+/// Rows of any storage kind in the engine's own memory, in any order of (head, token, dim).
 #pragma once
 
-#include <algorithm>
-#include <cstring>
 #include <span>
+#include <type_traits>
 
+#include "kvfold/detail/row_codec.hpp"
 #include "kvfold/storage/elements.hpp"
+#include "kvfold/storage/quantised.hpp"
 #include "kvfold/view/concepts.hpp"
 
 namespace kvfold {
 
-/// Where element (head, token, dim) of a tensor lies, counted in elements from its data pointer.
+/// Where element (head, token, dim) of a tensor lies, counted in elements from its data pointer. Tensors of blocks are
+/// counted in blocks, and `width` below is then the blocks of a row.
 struct Strides {
   Index head = 0;
   Index token = 0;
@@ -31,17 +33,35 @@ struct Strides {
   }
 };
 
+/// Where the scale of row (head, token) lies, counted in floats.
+struct ScaleStrides {
+  Index head = 0;
+  Index token = 0;
+};
+
 /// A view on tensors that the engine owns and keeps alive; copying it copies pointers.
 ///
-/// \tparam K, V storage types of keys and values; `const` ones make a view that can be read and planned, not written.
+/// \tparam K, V storage types of keys and values, `Stored` each; `const` ones make a view that can be read and planned,
+/// not written.
 ///
 /// Positions: `positions[h * position_stride + t]` where given (`position_stride` 0 shares one list between all heads);
 /// otherwise row t is at `first_position + t`, which is only true until heads keep rows of their own, so give each
 /// head its own list if the cache is to be compressed twice or un-rotated after compression.
 /// `rows` has T_h for each head and is what `resize` changes; log masses work like positions and may be absent.
+///
+/// Scales: rows of `Int8` need them; each row has one of its own, which is written and moved with it (`const` rows may
+/// share scales). Rows of fp8 may have them, one for the tensor (strides 0) or for each head; they are only read, and
+/// only `const` rows may have one per token, because moving rows would part them from it. Other kinds have none.
+///
+/// A view that breaks these rules, or with blocks that do not divide the width or whose dim stride is not 1, has no
+/// `shape()`: every stage refuses it with `invalid_argument`.
 template <class K, class V = K>
-  requires(Element<std::remove_const_t<K>>&& Element<std::remove_const_t<V>>)
+  requires(Stored<std::remove_const_t<K>>&& Stored<std::remove_const_t<V>>)
 struct StridedView {
+  /// The type of scales that go with rows of S.
+  template <class S>
+  using Scale = std::conditional_t<std::is_const_v<S>, const float, detail::RowScale<std::remove_const_t<S>>>;
+
   LayerShape layer;
   K* keys = nullptr;
   Strides key_strides;
@@ -55,8 +75,16 @@ struct StridedView {
   Index log_mass_stride = 0;
   Rope rotation = {};
   RowCounts counts = RowCounts::per_head;
+  Scale<K>* key_scales = nullptr;  ///< of head h, row t at h * head + t * token of the strides; null: there are none
+  ScaleStrides key_scale_strides = {};
+  Scale<V>* value_scales = nullptr;
+  ScaleStrides value_scale_strides = {};
 
-  [[nodiscard]] LayerShape shape() const noexcept { return layer; }
+  [[nodiscard]] LayerShape shape() const noexcept {
+    const bool sound = is_sound<K>(key_strides, layer.key_dim, key_scales, key_scale_strides) &&
+                       is_sound<V>(value_strides, layer.value_dim, value_scales, value_scale_strides);
+    return sound ? layer : LayerShape{};
+  }
   [[nodiscard]] Index size(Index h) const noexcept { return rows[index(h)]; }
   [[nodiscard]] Position position(Index h, Index t) const noexcept {
     return positions.empty() ? first_position + t : positions[index(h * position_stride + t)];
@@ -64,21 +92,26 @@ struct StridedView {
   [[nodiscard]] Rope rope() const noexcept { return rotation; }
   [[nodiscard]] RowCounts row_counts() const noexcept { return counts; }
   [[nodiscard]] Index row_bytes(Index /*h*/) const noexcept {
-    return layer.key_dim * static_cast<Index>(sizeof(K)) + layer.value_dim * static_cast<Index>(sizeof(V));
+    return detail::row_bytes<StoredKey>(layer.key_dim) + detail::row_bytes<StoredValue>(layer.value_dim);
   }
 
   void read_keys(Index h, Index t, Index n, std::span<float> out) const noexcept {
-    read(keys, key_strides, layer.key_dim, h, t, n, out.data());
+    detail::read_rows<StoredKey>(place(keys, key_strides, h, t), key_strides.token, key_strides.dim, n, layer.key_dim,
+                                 place(key_scales, key_scale_strides, h, t), key_scale_strides.token, out.data());
   }
   void read_values(Index h, Index t, Index n, std::span<float> out) const noexcept {
-    read(values, value_strides, layer.value_dim, h, t, n, out.data());
+    detail::read_rows<StoredValue>(place(values, value_strides, h, t), value_strides.token, value_strides.dim, n,
+                                   layer.value_dim, place(value_scales, value_scale_strides, h, t),
+                                   value_scale_strides.token, out.data());
   }
 
   [[nodiscard]] const float* key_rows(Index h, Index t, Index /*n*/) const noexcept {
-    return in_place(keys, key_strides, layer.key_dim, h, t);
+    return detail::rows_in_place<StoredKey>(place(keys, key_strides, h, t), key_strides.token, key_strides.dim,
+                                            layer.key_dim);
   }
   [[nodiscard]] const float* value_rows(Index h, Index t, Index /*n*/) const noexcept {
-    return in_place(values, value_strides, layer.value_dim, h, t);
+    return detail::rows_in_place<StoredValue>(place(values, value_strides, h, t), value_strides.token,
+                                              value_strides.dim, layer.value_dim);
   }
 
   [[nodiscard]] float log_mass(Index h, Index t) const noexcept {
@@ -91,14 +124,24 @@ struct StridedView {
     if (!log_masses.empty()) log_masses[index(h * log_mass_stride + t)] = mass;
   }
   void write_key(Index h, Index t, std::span<const float> in) noexcept requires(!std::is_const_v<K>) {
-    write(keys, key_strides, layer.key_dim, h, t, in.data());
+    detail::write_row<StoredKey>(in.data(), layer.key_dim, place(keys, key_strides, h, t), key_strides.dim,
+                                 place(key_scales, key_scale_strides, h, t));
   }
   void write_value(Index h, Index t, std::span<const float> in) noexcept requires(!std::is_const_v<V>) {
-    write(values, value_strides, layer.value_dim, h, t, in.data());
+    detail::write_row<StoredValue>(in.data(), layer.value_dim, place(values, value_strides, h, t), value_strides.dim,
+                                   place(value_scales, value_scale_strides, h, t));
   }
   void move_row(Index h, Index from, Index to) noexcept requires(!std::is_const_v<K> && !std::is_const_v<V>) {
-    move(keys, key_strides, layer.key_dim, h, from, to);
-    move(values, value_strides, layer.value_dim, h, from, to);
+    detail::copy_row<StoredKey>(place(keys, key_strides, h, from), place(keys, key_strides, h, to), key_strides.dim,
+                                layer.key_dim);
+    detail::copy_row<StoredValue>(place(values, value_strides, h, from), place(values, value_strides, h, to),
+                                  value_strides.dim, layer.value_dim);
+    if constexpr (kRowScaled<StoredKey>) {
+      *place(key_scales, key_scale_strides, h, to) = *place(key_scales, key_scale_strides, h, from);
+    }
+    if constexpr (kRowScaled<StoredValue>) {
+      *place(value_scales, value_scale_strides, h, to) = *place(value_scales, value_scale_strides, h, from);
+    }
     if (!positions.empty() && position_stride != 0) {
       positions[index(h * position_stride + to)] = positions[index(h * position_stride + from)];
     }
@@ -108,47 +151,26 @@ struct StridedView {
   void resize(Index h, Index n) noexcept requires(!std::is_const_v<K> && !std::is_const_v<V>) { rows[index(h)] = n; }
 
  private:
-  /// Tokens of a transposed tensor that are converted together: one cache line of f32 per dim.
-  static constexpr Index kTransposeTile = 16;
+  using StoredKey = std::remove_const_t<K>;
+  using StoredValue = std::remove_const_t<V>;
 
   static constexpr std::size_t index(Index i) noexcept { return static_cast<std::size_t>(i); }
 
-  template <class E>
-  static void read(const E* data, const Strides& s, Index width, Index h, Index t, Index n, float* out) noexcept {
-    const E* rows_at = data + h * s.head + t * s.token;
-    if (s.dim == 1 && s.token == width) return load_floats(rows_at, n * width, out);
-    if (s.dim == 1) {
-      for (Index i = 0; i < n; ++i) load_floats(rows_at + i * s.token, width, out + i * width);
-      return;
-    }
-    for (Index first = 0; first < n; first += kTransposeTile) {
-      const Index count = std::min(kTransposeTile, n - first);
-      for (Index d = 0; d < width; ++d) {
-        const E* column = rows_at + first * s.token + d * s.dim;
-        for (Index i = 0; i < count; ++i) out[(first + i) * width + d] = to_float(column[i * s.token]);
-      }
-    }
+  /// Whether rows of S can be read, and written and moved where they are not const.
+  template <class S>
+  [[nodiscard]] bool is_sound(const Strides& s, Index width, const float* scales,
+                              const ScaleStrides& at) const noexcept {
+    using E = std::remove_const_t<S>;
+    if (!detail::width_fits<E>(width) || (kUnit<E> != 1 && s.dim != 1)) return false;
+    if (scales == nullptr) return !kRowScaled<E>;
+    if (!kMayBeScaled<E>) return false;
+    if (std::is_const_v<S>) return true;
+    return kRowScaled<E> ? at.token != 0 && (at.head != 0 || layer.kv_heads == 1) : at.token == 0;
   }
 
-  template <class E>
-  static const float* in_place(const E* data, const Strides& s, Index width, Index h, Index t) noexcept {
-    if constexpr (std::same_as<std::remove_const_t<E>, float>) {
-      if (s.dim == 1 && s.token == width) return data + h * s.head + t * s.token;
-    }
-    return nullptr;
-  }
-
-  template <class E>
-  static void write(E* data, const Strides& s, Index width, Index h, Index t, const float* in) noexcept {
-    E* row = data + h * s.head + t * s.token;
-    for (Index d = 0; d < width; ++d) row[d * s.dim] = from_float<E>(in[d]);
-  }
-
-  template <class E>
-  static void move(E* data, const Strides& s, Index width, Index h, Index from, Index to) noexcept {
-    const E* source = data + h * s.head + from * s.token;
-    E* target = data + h * s.head + to * s.token;
-    for (Index d = 0; d < width; ++d) target[d * s.dim] = source[d * s.dim];
+  template <class T, class S>
+  static T* place(T* data, const S& strides, Index h, Index t) noexcept {
+    return data == nullptr ? nullptr : data + h * strides.head + t * strides.token;
   }
 };
 
