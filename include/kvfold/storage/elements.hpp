@@ -2,6 +2,7 @@
 /// Element types of stored rows and the one place where they are converted to and from fp32.
 #pragma once
 
+#include <array>
 #include <bit>
 #include <concepts>
 #include <cstdint>
@@ -27,6 +28,13 @@ struct BFloat16 {
   friend constexpr bool operator==(BFloat16, BFloat16) = default;
 };
 
+/// fp8 e4m3 as it lies in memory: 4 exponent bits of bias 7, 3 mantissa bits, no infinities, NaN 0x7f and 0xff, largest
+/// number 448 (OCP 8-bit floating point, "E4M3"; float8_e4m3fn in PyTorch and ml_dtypes).
+struct Float8E4M3 {
+  std::uint8_t bits = 0;
+  friend constexpr bool operator==(Float8E4M3, Float8E4M3) = default;
+};
+
 /// Exact for every input, NaN payloads included. Independent of the FTZ and DAZ modes of the thread.
 [[nodiscard]] constexpr float to_float(Float16 x) noexcept {
   const std::uint32_t sign = std::uint32_t{x.bits & 0x8000u} << 16;
@@ -41,6 +49,18 @@ struct BFloat16 {
 
 [[nodiscard]] constexpr float to_float(BFloat16 x) noexcept {
   return std::bit_cast<float>(std::uint32_t{x.bits} << 16);
+}
+
+/// Exact for every input. Independent of the FTZ and DAZ modes of the thread.
+[[nodiscard]] constexpr float to_float(Float8E4M3 x) noexcept {
+  const std::uint32_t sign = std::uint32_t{x.bits & 0x80u} << 24;
+  const std::uint32_t magnitude = x.bits & 0x7fu;
+  if (magnitude == 0x7fu) return std::bit_cast<float>(sign | 0x7fc00000u);
+  if (magnitude < 0x08u) {  // zero and subnormals: an integer multiple of 2^-9
+    const float value = static_cast<float>(magnitude) * 0x1p-9f;
+    return std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) | sign);
+  }
+  return std::bit_cast<float>(sign | ((magnitude << 20) + (120u << 23)));
 }
 
 [[nodiscard]] constexpr float to_float(float x) noexcept { return x; }
@@ -84,9 +104,41 @@ template <>
   return {static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
 
-/// A type that stored rows may have.
+/// Rounds to nearest, ties to even; what is too large, infinities included, becomes +-448; NaN stays NaN.
+template <>
+[[nodiscard]] constexpr Float8E4M3 from_float<Float8E4M3>(float x) noexcept {
+  const auto bits = std::bit_cast<std::uint32_t>(x);
+  const auto sign = static_cast<std::uint8_t>(bits >> 24 & 0x80u);
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  const auto eighth = [sign](std::uint32_t m) { return Float8E4M3{static_cast<std::uint8_t>(sign | m)}; };
+  if (magnitude > 0x7f800000u) return eighth(0x7fu);
+  if (magnitude >= 0x43e00000u) return eighth(0x7eu);  // from 448 on
+  if (magnitude < 0x3c800000u) {                       // below 2^-6: subnormal or zero
+    if (magnitude < 0x3a800000u) return eighth(0);     // below 2^-10
+    const std::uint32_t mantissa = (magnitude & 0x7fffffu) | 0x800000u;
+    const std::uint32_t shift = 141u - (magnitude >> 23);  // 21 .. 24
+    const std::uint32_t kept = mantissa >> shift;
+    const std::uint32_t rest = mantissa & ((1u << shift) - 1u);
+    const std::uint32_t middle = 1u << (shift - 1u);
+    return eighth(kept + (rest > middle || (rest == middle && (kept & 1u) != 0) ? 1u : 0u));
+  }
+  const std::uint32_t rebased = magnitude - (120u << 23);
+  return eighth((rebased + 0x7ffffu + (rebased >> 20 & 1u)) >> 20);
+}
+
+/// A type of number that converts to and from fp32 by itself.
 template <class T>
-concept Element = std::same_as<T, float> || std::same_as<T, Float16> || std::same_as<T, BFloat16>;
+concept Element =
+    std::same_as<T, float> || std::same_as<T, Float16> || std::same_as<T, BFloat16> || std::same_as<T, Float8E4M3>;
+
+namespace detail {
+/// What each of the 256 codes means.
+inline constexpr std::array<float, 256> kFloat8E4M3Values = [] {
+  std::array<float, 256> values{};
+  for (unsigned code = 0; code < 256; ++code) values[code] = to_float(Float8E4M3{static_cast<std::uint8_t>(code)});
+  return values;
+}();
+}  // namespace detail
 
 /// Converts n consecutive elements. `from` and `to` must not overlap.
 template <Element T>
@@ -103,7 +155,11 @@ void load_floats(const T* from, Index n, float* to) noexcept {
       }
     }
 #endif
-    for (; i < n; ++i) to[i] = to_float(from[i]);
+    if constexpr (std::same_as<T, Float8E4M3>) {
+      for (; i < n; ++i) to[i] = detail::kFloat8E4M3Values[from[i].bits];
+    } else {
+      for (; i < n; ++i) to[i] = to_float(from[i]);
+    }
   }
 }
 

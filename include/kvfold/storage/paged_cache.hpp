@@ -78,8 +78,7 @@ class PagedCache {
   }
 
   /// Appends `positions.size()` rows to every head, with log mass 0. Nothing changes when it fails.
-  /// \param keys, values element (h, i, d) of the new rows at `h * head + i * token + d * dim` of the strides; `dim` must be 1
-  /// for types that are not an `Element`.
+  /// \param keys, values element (h, i, d) of the new rows at `h * head + i * token + d * dim` of the strides.
   /// \param positions of the new rows, ascending, none below the last row's.
   Status append(const float* keys, Strides key_strides, const float* values, Strides value_strides,
                 std::span<const Position> positions) noexcept {
@@ -87,9 +86,6 @@ class PagedCache {
     const auto n = static_cast<Index>(positions.size());
     if (keys == nullptr) return {invalid_argument, "keys", "null data"};
     if (values == nullptr) return {invalid_argument, "values", "null data"};
-    if (!Element<K> && key_strides.dim != 1) return {unsupported, "keys", "dims of this type must follow each other"};
-    if (!Element<V> && value_strides.dim != 1)
-      return {unsupported, "values", "dims of this type must follow each other"};
     if (!std::is_sorted(positions.begin(), positions.end())) {
       return {invalid_argument, "positions", "must be in ascending order"};
     }
@@ -104,10 +100,10 @@ class PagedCache {
     for (Index h = 0; h < shape_.kv_heads; ++h) {
       for (Index i = 0; i < n; ++i) {
         const Index t = rows_[at(h)] + i;
-        store(keys + h * key_strides.head + i * key_strides.token, key_strides.dim, key(h, t), shape_.key_dim,
-              scale(kKeyScales, h, t));
-        store(values + h * value_strides.head + i * value_strides.token, value_strides.dim, value(h, t),
-              shape_.value_dim, scale(kValueScales, h, t));
+        detail::write_strided_row(keys + h * key_strides.head + i * key_strides.token, key_strides.dim, shape_.key_dim,
+                                  key(h, t), 1, scale(kKeyScales, h, t));
+        detail::write_strided_row(values + h * value_strides.head + i * value_strides.token, value_strides.dim,
+                                  shape_.value_dim, value(h, t), 1, scale(kValueScales, h, t));
         *place<Position>(kPositions, h, t) = positions[at(i)];
         *place<float>(kLogMasses, h, t) = 0.f;
       }
@@ -269,17 +265,6 @@ class PagedCache {
   [[nodiscard]] V* value(Index h, Index t) const noexcept { return place<V>(kValues, h, t); }
   [[nodiscard]] float* scale(std::size_t section, Index h, Index t) const noexcept {
     return layout_.row_bytes[section] == 0 ? nullptr : place<float>(section, h, t);
-  }
-
-  template <Stored E>
-  static void store(const float* from, Index stride, E* to, Index width, float* scale) noexcept {
-    if constexpr (Element<E>) {
-      if (stride != 1) {
-        for (Index d = 0; d < width; ++d) to[d] = from_float<E>(from[d * stride]);
-        return;
-      }
-    }
-    detail::write_row(from, width, to, 1, scale);
   }
 
   /// Makes room for n more rows in every head: in all of them, or in none.

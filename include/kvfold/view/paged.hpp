@@ -17,7 +17,7 @@ enum class PageHolds : unsigned char { one_tensor, keys_and_values };
 
 /// Where unit (page, head, token, dim) of a pool lies, counted in stored units from the data pointer. A unit is an element,
 /// or a block of `kUnit` elements; `width` below is a row's units. Engines that put more into a page (other layers, scales)
-/// have a larger `page`: assign it.
+/// have a larger `page`: assign it last.
 struct PageStrides {
   Index page = 0;
   Index head = 0;
@@ -46,7 +46,7 @@ struct PageStrides {
                                                       PageHolds holds = PageHolds::one_tensor) noexcept {
     return {tensors(holds) * page_size * width, 0, width, 1};
   }
-  /// Where V begins in pages that hold K and V of the same width: `values = keys + strides.second_half()`.
+  /// Where V begins in pages that hold K and V of the same width and nothing else: `values = keys + strides.second_half()`.
   [[nodiscard]] constexpr Index second_half() const noexcept { return page / 2; }
 
  private:
