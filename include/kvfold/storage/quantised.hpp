@@ -111,7 +111,7 @@ inline void load_block(const BlockQ4_0& block, float* out) noexcept {
 /// scale max|x| / 127, rounded to fp16 only when it is stored, values rounded to nearest, ties away from zero.
 ///
 /// The scale overflows to infinity from 8.3e6 on, as in ggml. Where ggml's result is undefined, ours is this: a block
-/// with a NaN or an infinity reads as NaN throughout, and one below 1e-36 holds zeros.
+/// with a NaN or an infinity reads as NaN throughout, and one whose scale has no finite reciprocal holds zeros.
 inline void store_block(const float* in, BlockQ8_0& block) noexcept {
   const float scale = detail::largest_magnitude(in, 1, kBlockSize) / 127.f;
   block = {.scale = from_float<Float16>(scale)};
