@@ -171,6 +171,11 @@ TEST_F(PagePoolTest, AnEmptyPoolCanMoveWithItsSlabs) {
   Pool moved = std::move(pool);
   EXPECT_EQ(moved.pages_free(), 4);
   EXPECT_EQ(moved.live_bytes(), static_cast<Index>(Memory::live));
+  PageId page = 0;
+  EXPECT_EQ(pool.allocate({&page, 1}).code(), StatusCode::out_of_memory)
+      << "nothing is left here";  // NOLINT: on purpose
+  EXPECT_FALSE(pool.release({&page, 1}).ok());
+  EXPECT_EQ(pool.trim(), 0u);
 }
 
 TEST(PagePoolOfManyThreads, LosesNoPage) {

@@ -58,9 +58,11 @@ class PagePool {
     return pool;
   }
 
-  /// Pools that pages have been taken from stay where they are: caches point to them.
+  /// Pools that pages have been taken from stay where they are: caches point to them. What is left is a pool without room.
   PagePool(PagePool&& other) noexcept
-      : options_(other.options_), slabs_(std::move(other.slabs_)), held_(std::exchange(other.held_, 0)) {
+      : options_(std::exchange(other.options_, {.max_slabs = 0})),
+        slabs_(std::move(other.slabs_)),
+        held_(std::exchange(other.held_, 0)) {
     KVFOLD_ASSERT(other.in_use_ == 0);
   }
   PagePool& operator=(PagePool&&) = delete;
