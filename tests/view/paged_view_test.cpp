@@ -618,6 +618,19 @@ TEST(PagedViewOfInt8, ScalesMoveAndAreWrittenWithTheirRows) {
   spoilt = view;
   spoilt.key_scale_strides.page = kHuge;
   EXPECT_EQ(spoilt.check().argument(), "key_scales");
+  std::vector<BFloat16> plain(ix(pages * P * H * D));
+  const float scale = 2.f;
+  const PagedView<BFloat16> unscaled{.layer = view.layer,
+                                     .page_size = P,
+                                     .pages = pages,
+                                     .keys = plain.data(),
+                                     .key_strides = view.key_strides,
+                                     .values = plain.data(),
+                                     .value_strides = view.value_strides,
+                                     .tables = table,
+                                     .rows = rows,
+                                     .value_scales = &scale};
+  EXPECT_EQ(unscaled.check().argument(), "value_scales") << "bf16 has none";
 }
 
 TEST(PagedViewOfFp8, OneScaleOfTheEngineServesAllRows) {
@@ -627,7 +640,6 @@ TEST(PagedViewOfFp8, OneScaleOfTheEngineServesAllRows) {
   std::vector<PageId> table{2, 0};
   std::vector<Index> rows{7};
   const std::vector<float> row{1.f, -2.f, 3.f, 0.f};
-  float writable = scale;
   PagedView<Float8E4M3> view{.layer = {1, 1, D, D},
                              .page_size = P,
                              .pages = 3,
@@ -637,7 +649,7 @@ TEST(PagedViewOfFp8, OneScaleOfTheEngineServesAllRows) {
                              .value_strides = PageStrides::token_major(P, 1, D),
                              .tables = table,
                              .rows = rows,
-                             .key_scales = &writable,
+                             .key_scales = &scale,
                              .key_scale_strides = {0, 0, 0, 0}};
   ASSERT_TRUE(view.check().ok()) << view.check().argument();
   view.write_key(0, 5, row);
@@ -646,9 +658,22 @@ TEST(PagedViewOfFp8, OneScaleOfTheEngineServesAllRows) {
   EXPECT_EQ(out, row);
   view.read_values(0, 5, 1, out);
   EXPECT_EQ(out, (std::vector<float>{2.f, -4.f, 6.f, 0.f})) << "without a scale it is 1";
-  EXPECT_EQ(writable, scale);
-  view.key_scale_strides.token = -1;
-  EXPECT_EQ(view.check().argument(), "key_scales");
+  for (const PageStrides& strides : {PageStrides{0, 0, 1}, PageStrides{1, 0, 0}, PageStrides{0, -1, 0}}) {
+    view.key_scale_strides = strides;
+    EXPECT_EQ(view.check().argument(), "key_scales") << "a scale that rows would be parted from";
+  }
+  PagedView<const Float8E4M3> read_only{.layer = view.layer,
+                                        .page_size = P,
+                                        .pages = 3,
+                                        .keys = data.data(),
+                                        .key_strides = view.key_strides,
+                                        .values = data.data(),
+                                        .value_strides = view.value_strides,
+                                        .tables = table,
+                                        .rows = rows,
+                                        .key_scales = &scale,
+                                        .key_scale_strides = {1, 0, 0}};
+  EXPECT_TRUE(read_only.check().ok()) << "rows that do not move may have a scale per page";
 }
 
 TEST(PagedViewOfBlocks, ReadsAndMovesWholeBlocksAndRefusesWidthsThatAreNone) {

@@ -62,13 +62,18 @@ struct PageStrides {
 /// use it: pages that sequences share (prefix caching) have to be copied first. `resize` changes `rows` only; the pages
 /// beyond `pages_used(h)` are then the engine's to give to others: with a shared table, beyond the most of all heads.
 ///
+/// Scales: rows of `Int8` need one each, which is written and moved with the row (`const` rows may share scales). Rows of fp8
+/// may have scales, which are only read: one for the tensor or for each head, and only `const` rows one per page or token,
+/// because moving rows would part them from it. Other kinds have none.
+///
 /// Positions and log masses are those of `StridedView`: by row, not by page. Offset tables (TensorRT-LLM) are page numbers
 /// times a stride: divide by it.
 template <class K, class V = K>
   requires(Stored<std::remove_const_t<K>>&& Stored<std::remove_const_t<V>>)
 struct PagedView {
+  /// Scales that go with rows of E: written with `Int8` rows, else only read.
   template <class E>
-  using ScalePointer = std::conditional_t<std::is_const_v<E>, const float*, float*>;
+  using ScalePointer = std::conditional_t<std::is_const_v<E>, const float, detail::RowScale<std::remove_const_t<E>>>*;
 
   LayerShape layer;
   Index page_size = 0;  ///< tokens in a page, at least 1
@@ -85,7 +90,7 @@ struct PagedView {
   Position first_position = 0;
   std::span<float> log_masses = {};  ///< [H][log_mass_stride], or empty: the engine has no bias per row
   Index log_mass_stride = 0;
-  ScalePointer<K> key_scales = nullptr;  ///< of row (page, head, token) at these strides, `dim` unused; see `Stored`
+  ScalePointer<K> key_scales = nullptr;  ///< of row (page, head, token) at these strides, in floats; `dim` is unused
   PageStrides key_scale_strides = {};
   ScalePointer<V> value_scales = nullptr;
   PageStrides value_scale_strides = {};
@@ -257,13 +262,24 @@ struct PagedView {
     if (!nests(x.strides, detail::row_units<Unit>(x.width), sizeof(Unit))) {
       return {invalid_argument, strides_name, "negative, overlapping or larger than memory"};
     }
-    if constexpr (kRowScaled<Unit>) {
-      if (x.scales == nullptr) return {invalid_argument, scales_name, "rows of this type have a scale each"};
-      if (!nests(x.scale_strides, 1, sizeof(float))) {
-        return {invalid_argument, scales_name, "strides are negative, overlapping or larger than memory"};
-      }
-    } else if (x.scales != nullptr && !detail::axes_fit(axes(x.scale_strides, 1), sizeof(float))) {
-      return {invalid_argument, scales_name, "strides are negative or larger than memory"};
+    return check_scales(x, scales_name);
+  }
+  template <class E>
+  [[nodiscard]] Status check_scales(const Tensor<E>& x, const char* name) const noexcept {
+    using enum StatusCode;
+    using Unit = std::remove_const_t<E>;
+    if (x.scales == nullptr) {
+      return kRowScaled<Unit> ? Status{invalid_argument, name, "rows of this type have a scale each"} : Status{};
+    }
+    if (!kMayBeScaled<Unit>) return {invalid_argument, name, "rows of this type have no scale"};
+    const PageStrides& s = x.scale_strides;
+    if (!detail::axes_fit(axes(s, 1), sizeof(float))) {
+      return {invalid_argument, name, "strides are negative or larger than memory"};
+    }
+    if (std::is_const_v<E>) return {};
+    if (kRowScaled<Unit> && !nests(s, 1, sizeof(float))) return {invalid_argument, name, "rows share a scale"};
+    if (!kRowScaled<Unit> && (s.page != 0 || s.token != 0)) {
+      return {invalid_argument, name, "belong to pages or tokens, but rows of this type move without them"};
     }
     return {};
   }
