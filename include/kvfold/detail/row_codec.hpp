@@ -63,8 +63,8 @@ template <Stored E>
     return static_cast<float>(x.value);
 }
 
-/// n rows to n * width floats. Row i begins at rows + i * token_stride, its units are dim_stride apart; its scale, where
-/// there is one, is scales[i * scale_stride]. `rows` and `out` must not overlap.
+/// n rows to n * width floats. Row i begins at rows + i * token_stride, its units are dim_stride apart; its scale,
+/// where there is one, is scales[i * scale_stride]. `rows` and `out` must not overlap.
 template <Stored E>
 void read_rows(const E* rows, Index token_stride, Index dim_stride, Index n, Index width, const float* scales,
                Index scale_stride, float* out) noexcept {
@@ -94,8 +94,8 @@ void read_rows(const E* rows, Index token_stride, Index dim_stride, Index n, Ind
   }
 }
 
-/// Writes a row whose numbers are `in_stride` apart. A scale of the row's own is made and stored at `scale`; one that is
-/// the engine's divides; null is 1. NaN and infinities become what the storage type makes of them.
+/// Writes a row whose numbers are `in_stride` apart. A scale of the row's own is made and stored at `scale`; one that
+/// is the engine's divides; null is 1. NaN and infinities become what the storage type makes of them.
 template <Stored E>
 void write_strided_row(const float* in, Index in_stride, Index width, E* row, Index dim_stride,
                        RowScale<E>* scale) noexcept {

@@ -149,7 +149,7 @@ void load_floats(const T* from, Index n, float* to) noexcept {
     Index i = 0;
 #if defined(__F16C__) && defined(__AVX__)
     if constexpr (std::same_as<T, Float16>) {
-      for (; i + 8 <= n; i += 8) {
+      for (const Index whole = n - n % 8; i < whole; i += 8) {
         const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
         _mm256_storeu_ps(to + i, _mm256_cvtph_ps(packed));
       }

@@ -76,7 +76,7 @@ namespace detail {
 }
 
 /// A positive normal double at the precision of fp32, ties to even. Written in integers, because compilers may contract
-/// fp32 arithmetic (fused multiply-add), and then blocks would depend on the processor that the program is compiled for.
+/// fp32 arithmetic (fused multiply-add), and then blocks would depend on the processor that was compiled for.
 [[nodiscard]] constexpr double at_fp32_precision(double x) noexcept {
   auto bits = std::bit_cast<std::uint64_t>(x);
   bits += 0x0fffffffu + (bits >> 29 & 1u);
@@ -94,16 +94,18 @@ namespace detail {
 /// Writes the 32 numbers of a block to `out`. Exact.
 inline void load_block(const BlockQ8_0& block, float* out) noexcept {
   const float scale = to_float(block.scale);
-  for (std::size_t i = 0; i < block.values.size(); ++i) out[i] = scale * static_cast<float>(block.values[i]);
+  const auto values = block.values;  // bytes may alias `out`: a copy lets compilers vectorise
+  for (std::size_t i = 0; i < values.size(); ++i) out[i] = scale * static_cast<float>(values[i]);
 }
 
 /// Writes the 32 numbers of a block to `out`. Exact.
 inline void load_block(const BlockQ4_0& block, float* out) noexcept {
   const float scale = to_float(block.scale);
+  const auto pairs = block.pairs;  // as above
   constexpr std::size_t half = kBlockSize / 2;
   for (std::size_t i = 0; i < half; ++i) {
-    out[i] = scale * static_cast<float>((block.pairs[i] & 0xf) - 8);
-    out[i + half] = scale * static_cast<float>((block.pairs[i] >> 4) - 8);
+    out[i] = scale * static_cast<float>((pairs[i] & 0xf) - 8);
+    out[i + half] = scale * static_cast<float>((pairs[i] >> 4) - 8);
   }
 }
 
@@ -124,8 +126,8 @@ inline void store_block(const float* in, BlockQ8_0& block) noexcept {
 }
 
 /// A block of the 32 numbers at `in`, bit for bit as ggml's reference quantisation makes it (`quantize_row_q4_0_ref`,
-/// compiled without contraction): with x the first number of largest magnitude, the scale is x / -8, rounded to fp16 only
-/// when it is stored; q is the quotient + 8.5, cut off, at most 15.
+/// compiled without contraction): with x the first number of largest magnitude, the scale is x / -8, rounded to fp16
+/// only when it is stored; q is the quotient + 8.5, cut off, at most 15.
 ///
 /// The scale overflows to infinity from 5.2e5 on, as in ggml. Where ggml's result is undefined, ours is as for q8_0.
 inline void store_block(const float* in, BlockQ4_0& block) noexcept {
