@@ -9,6 +9,7 @@
 #include <gtest/gtest.h>
 
 #include "builders.hpp"
+#include "counting_memory.hpp"
 #include "merge_oracle.hpp"
 
 namespace kvfold::test {
@@ -205,6 +206,46 @@ TEST(Apply, ARaggedCacheGivesMemoryBack) {
   EXPECT_EQ(cache.position(0, 1), 50);
 }
 
+struct ReportTag {};
+
+TEST(Apply, TheReportTellsTheMemoryThatWentBack) {
+  using Memory = CountingMemory<ReportTag>;
+  Memory::reset();
+  {
+    constexpr LayerShape shape{2, 1, 8, 4};
+    auto cache = RaggedCache<Float16, Float16, Memory>::create(shape).value();
+    ASSERT_TRUE(cache.reserve(300).ok());
+    const std::vector<float> rows(ix(2 * 100 * 8));
+    ASSERT_TRUE(cache
+                    .append(rows.data(), Strides::head_major(100, 8), rows.data(), Strides::head_major(100, 4),
+                            positions_from(0, 100))
+                    .ok());
+    HandPlan plan(shape, {100, 100});
+    plan.head({5, 50, 99}).head({0});
+    const CompressionReport told = report_of(plan.get(), cache);
+    EXPECT_EQ(told.live_bytes_before, 0) << "nothing has been freed";
+    EXPECT_EQ(told.live_bytes_after, 0);
+    const auto before = static_cast<Index>(Memory::live);
+    const CompressionReport report = apply(plan.get(), cache).value();
+    const auto after = static_cast<Index>(Memory::live);
+    EXPECT_EQ(report.live_bytes_before, before);
+    EXPECT_EQ(report.live_bytes_after, after);
+    EXPECT_EQ(before, 600 * cache.row_bytes(0)) << "spare room counts";
+    EXPECT_EQ(after, 4 * cache.row_bytes(0));
+  }
+  EXPECT_EQ(Memory::live, 0u);
+}
+
+TEST(Apply, StorageThatKeepsItsMemoryReportsNoLiveBytes) {
+  HalfCache cache(Strides::token_major(H, D), Strides::token_major(H, E));
+  HandPlan plan({H, 2, D, E}, {T, T - 2});
+  plan.head({8}).head({6});
+  const CompressionReport report = apply(plan.get(), cache.view).value();
+  EXPECT_EQ(report.live_bytes_before, 0);
+  EXPECT_EQ(report.live_bytes_after, 0);
+  EXPECT_LT(report.bytes_after, report.bytes_before);
+}
+
 TEST(Apply, PositionsAreThoseOfTheRowsNotTheirNumbers) {
   auto cache = make_cache({1, 1, 4, 4}, 30);
   HandPlan plan({1, 1, 4, 4}, {30});
@@ -222,6 +263,7 @@ TEST(Apply, TheReportTellsWhatWasDone) {
       .head({7, 8}, {{.slot = 1, .absorbed = 9}});
   plan.plan.kept_score_share = 0.5f;
   plan.plan.merged_score_share = 0.25f;
+  plan.plan.equal_counts_cost = 0.125f;
   const Index row_bytes = cache.row_bytes(0);
   const CompressionReport report = apply(plan.get(), cache).value();
   EXPECT_EQ(report.rows_before, 60);
@@ -233,6 +275,7 @@ TEST(Apply, TheReportTellsWhatWasDone) {
   EXPECT_EQ(report.bytes_after, 6 * row_bytes);
   EXPECT_EQ(report.kept_score_share, 0.5f);
   EXPECT_EQ(report.merged_score_share, 0.25f);
+  EXPECT_EQ(report.equal_counts_cost, 0.125f);
 }
 
 TEST(Apply, ReportOfTellsTheSameWithoutDoingIt) {
@@ -330,11 +373,13 @@ TEST(Apply, RefusesWhatTheStorageCannotHold) {
   using P = CompressionPlan;
   using enum StatusCode;
   expect_refused(unsupported, "view", [](auto&, P&, HalfCache& cache) { cache.view.log_masses = {}; });
-  expect_refused(unsupported, "plan", [](HandPlan& own, P&, HalfCache& cache) {
-    cache.view.counts = RowCounts::per_layer;
-    own.kept_offset[1] = 2;  // 2 and 4 rows
-    own.kept = {1, 4, 0, 3, 5, 6};
-  });
+  for (const RowCounts counts : {RowCounts::per_layer, RowCounts::per_model}) {
+    expect_refused(unsupported, "plan", [counts](HandPlan& own, P&, HalfCache& cache) {
+      cache.view.counts = counts;
+      own.kept_offset[1] = 2;  // 2 and 4 rows
+      own.kept = {1, 4, 0, 3, 5, 6};
+    });
+  }
 }
 
 }  // namespace

@@ -304,6 +304,87 @@ TEST(Compressor, GivesEqualCountsToStorageThatHasOneCountPerLayer) {
   EXPECT_EQ(dense.rows, std::vector<Index>(3, 30));
 }
 
+TEST(Compressor, TellsWhatEqualCountsCost) {
+  auto cache = make_cache(kShape, kRows);
+  for (Index t = 0; t < kRows; ++t) {  // head 0 looks at a few rows, the others at many
+    const std::vector<float> weak(16, 0.f);
+    if (t % 40 != 20) cache.write_key(0, t, weak);
+  }
+  const auto queries = make_queries(kShape, kRows, kRows);
+  for (const Index budget : {15, 30, 75}) {
+    Dense dense(cache, kLayouts[0].first, kLayouts[0].second);
+    const auto method = with_budget<Ems>(budget);
+    const auto ragged = plan_of(method, dense.view, queries.view());
+    EXPECT_EQ(ragged.plan->equal_counts_cost, 0.f) << "ragged heads cost nothing";
+    for (const RowCounts counts : {RowCounts::per_layer, RowCounts::per_model}) {
+      dense.view.counts = counts;
+      const auto equal = plan_of(method, dense.view, queries.view());
+      for (Index h = 0; h < 3; ++h) EXPECT_EQ(equal.plan->kept_rows(h).size(), ix(budget));
+      EXPECT_GT(equal.plan->equal_counts_cost, 0.f);
+      EXPECT_NEAR(equal.plan->equal_counts_cost, ragged.plan->kept_score_share - equal.plan->kept_score_share, 1e-6f);
+      EXPECT_EQ(report_of(equal.plan.value(), dense.view).equal_counts_cost, equal.plan->equal_counts_cost);
+      const auto pooled = plan_of(method, dense.view, queries.view(), ThreadPool(3));
+      EXPECT_EQ(plan_bits(pooled.plan.value()), plan_bits(equal.plan.value()));
+    }
+  }
+}
+
+TEST(Compressor, EqualCountsCostNothingWhereTheBudgetsAreEqualAnyway) {
+  const auto cache = make_cache(kShape, kRows);
+  Dense dense(cache, kLayouts[0].first, kLayouts[0].second);
+  dense.view.counts = RowCounts::per_layer;
+  const auto plan = plan_of(with_budget<SnapKv>(30), dense.view, make_queries(kShape, kRows, kRows).view());
+  EXPECT_EQ(plan.plan->equal_counts_cost, 0.f);
+}
+
+/// Gives each head as many rows as its scores, which are whole numbers, say: layers ask for totals of their own.
+struct ScoreCountBudget {
+  struct Options {
+    Index rows = 8;
+    [[nodiscard]] static Status validate() noexcept { return {}; }
+  } options;
+  ScoreCountBudget() noexcept = default;
+  explicit ScoreCountBudget(Options given) noexcept : options(given) {}
+  [[nodiscard]] static Status validate() noexcept { return {}; }
+  [[nodiscard]] RowLimits limits(Index heads) const noexcept { return {options.rows * heads, options.rows * heads}; }
+  [[nodiscard]] static std::size_t workspace_bytes(Index) noexcept { return 0; }
+  Status allocate(std::span<const ScoreTable> tables, std::span<Index> budgets, Workspace) const noexcept {
+    for (Index h = 0; h < tables[0].heads(); ++h) {
+      const auto above =
+          std::count_if(tables[0].scores(h).begin(), tables[0].scores(h).end(), [](float s) { return s > 1.f; });
+      budgets[ix(h)] = std::clamp<Index>(above, 1, options.rows);
+    }
+    return {};
+  }
+};
+
+TEST(Compressor, OneCountForAllLayersIsTheBudgetWhateverAPolicyAsksFor) {
+  using Method = Compressor<H2oScorer, ScoreCountBudget, EvictOnly>;
+  const Method method({.score = {.recent = 2}, .budget = {.rows = 140}, .reduce = {}});
+  const auto queries = make_queries(kShape, kRows, kRows);
+  std::vector<std::size_t> per_layer, per_model;
+  for (const std::uint64_t layer : {1u, 2u, 3u}) {
+    const auto cache = make_cache(kShape, kRows, layer);
+    Dense dense(cache, kLayouts[0].first, kLayouts[0].second);
+    dense.view.counts = RowCounts::per_layer;
+    per_layer.push_back(plan_of(method, dense.view, queries.view()).plan->kept_rows(0).size());
+    dense.view.counts = RowCounts::per_model;
+    per_model.push_back(plan_of(method, dense.view, queries.view()).plan->kept_rows(0).size());
+  }
+  EXPECT_EQ(per_model, std::vector<std::size_t>(3, 140));
+  EXPECT_NE(per_layer, std::vector<std::size_t>(3, per_layer[0])) << "layers differ where they may";
+}
+
+TEST(Compressor, OneCountForAllLayersIsAllRowsWhereTheBudgetIsLarger) {
+  const auto cache = make_cache(kShape, 20);
+  std::vector<Index> rows;
+  Dense dense(cache, Strides::head_major(20, 16), Strides::head_major(20, 12));
+  dense.view.counts = RowCounts::per_model;
+  const auto plan = plan_of(with_budget<EmsEvict>(30), dense.view, make_queries(kShape, 20, 20).view());
+  for (Index h = 0; h < 3; ++h) EXPECT_EQ(plan.plan->kept_rows(h).size(), 20u);
+  EXPECT_EQ(plan.plan->equal_counts_cost, 0.f);
+}
+
 // --- Single methods --------------------------------------------------------------------------------------------
 
 TEST(Compressor, StreamingLlmKeepsTheFirstRowsAndTheLast) {

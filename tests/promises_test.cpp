@@ -175,6 +175,11 @@ INSTANTIATE_TEST_SUITE_P(
                  [](Call& c) {
                    c.engine.counts = RowCounts::per_layer;
                    c.engine.rows[1] = 199;
+                 }},
+        BadInput{"UnequalHeadsInOneCountForAllLayers", kMismatch, "view",
+                 [](Call& c) {
+                   c.engine.counts = RowCounts::per_model;
+                   c.engine.rows[0] = 10;
                  }}),
     name_of);
 
@@ -826,7 +831,7 @@ TEST(WorkspaceTest, OfTheSizeAskedForIsEnoughForAnyShapeAndOptions) {
     for (Index& rows : engine.rows) rows = 1 + random.below(engine.capacity);
     engine.rope.kind = RopeKind::half_split;
     if (random.below(4) == 0) {
-      engine.counts = RowCounts::per_layer;
+      engine.counts = random.below(2) == 0 ? RowCounts::per_layer : RowCounts::per_model;
       std::fill(engine.rows.begin(), engine.rows.end(), engine.capacity);
     }
     const auto owned = test::make_queries(shape, 1 + random.below(50), engine.capacity + 50);

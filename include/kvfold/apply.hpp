@@ -31,6 +31,7 @@ template <KVCacheView V>
   if (plan.writes_log_mass && !can_store_log_mass(view)) {
     return {StatusCode::unsupported, "view", "has no place for the log masses of the plan"};
   }
+  if (Status bad = own_check_of(view); !bad.ok()) return bad;
   for (std::size_t i = 0; i < heads; ++i) {
     if (plan.kept_offset[i + 1] < plan.kept_offset[i] || plan.merged_offset[i + 1] < plan.merged_offset[i]) {
       return {StatusCode::invalid_argument, "plan", "its offsets are not ascending", static_cast<Index>(i)};
@@ -44,9 +45,8 @@ template <KVCacheView V>
     if (static_cast<Index>(view.size(h)) != plan.source_rows[i]) {
       return {StatusCode::size_mismatch, "plan", "was made when the cache had other rows", h};
     }
-    if (row_counts_of(view) == RowCounts::per_layer &&
-        plan.kept_offset[i + 1] - plan.kept_offset[i] != plan.kept_offset[1]) {
-      return {StatusCode::unsupported, "plan", "keeps unequal counts, but the storage has one count per layer", h};
+    if (has_equal_counts(view) && plan.kept_offset[i + 1] - plan.kept_offset[i] != plan.kept_offset[1]) {
+      return {StatusCode::unsupported, "plan", "keeps unequal counts, but the storage has one count for all heads", h};
     }
     RowId previous = -1;
     for (const RowId row : plan.kept_rows(h)) {
@@ -69,12 +69,14 @@ template <KVCacheView V>
 
 }  // namespace detail
 
-/// What a plan would do to a cache: counts, and bytes where the view tells them.
+/// What a plan would do to a cache: counts, and bytes of rows where the view tells them; live bytes are 0, since memory is
+/// only known to be freed when it has been.
 template <KVCacheView V>
 [[nodiscard]] CompressionReport report_of(const CompressionPlan& plan, const V& view) noexcept {
   CompressionReport report;
   report.kept_score_share = plan.kept_score_share;
   report.merged_score_share = plan.merged_score_share;
+  report.equal_counts_cost = plan.equal_counts_cost;
   report.rows_rewritten = static_cast<Index>(plan.merged.size());
   for (const MergedRow& row : plan.merged) report.rows_merged += row.absorbed;
   for (Index h = 0; h < plan.shape.kv_heads; ++h) {
@@ -97,7 +99,8 @@ template <KVCacheView V>
 template <MutableKVCacheView V>
 [[nodiscard]] Result<CompressionReport> apply(const CompressionPlan& plan, V& view) noexcept {
   if (Status bad = detail::check_plan(plan, view); !bad.ok()) return bad;
-  const CompressionReport report = report_of(plan, view);
+  CompressionReport report = report_of(plan, view);
+  report.live_bytes_before = live_bytes_of(view);
   const Index key_dim = plan.shape.key_dim, value_dim = plan.shape.value_dim;
   for (Index h = 0; h < plan.shape.kv_heads; ++h) {
     const std::span<const RowId> kept = plan.kept_rows(h);
@@ -118,6 +121,7 @@ template <MutableKVCacheView V>
     }
     view.resize(h, static_cast<Index>(kept.size()));
   }
+  report.live_bytes_after = live_bytes_of(view);
   return report;
 }
 

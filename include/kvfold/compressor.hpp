@@ -8,6 +8,7 @@
 
 #include "kvfold/apply.hpp"
 #include "kvfold/budget/adaptive_heads.hpp"
+#include "kvfold/budget/equal_counts.hpp"
 #include "kvfold/budget/uniform.hpp"
 #include "kvfold/exec/executor.hpp"
 #include "kvfold/exec/workspace.hpp"
@@ -63,6 +64,8 @@ class Compressor {
     arena.rewind(mark);
     static_cast<void>(arena.take_bytes(budget_.workspace_bytes(detail::total_rows(view))));
     arena.rewind(mark);
+    if (detail::has_equal_counts(view)) static_cast<void>(take_equal_counts(arena, view));
+    arena.rewind(mark);
     static_cast<void>(arena.take_bytes(reducer_.workspace_bytes(view, limits(view), workers)));
     return arena.required_bytes();
   }
@@ -90,12 +93,23 @@ class Compressor {
     const Workspace budget_space = arena.take_bytes(budget_.workspace_bytes(detail::total_rows(view)));
     if (Status bad = detail::check(arena); !bad.ok()) return bad;
     if (Status bad = budget_.allocate({&table, 1}, tables.budgets, budget_space); !bad.ok()) return bad;
-    if (row_counts_of(view) == RowCounts::per_layer) make_equal(tables.budgets);
+
+    arena.rewind(mark);
+    float equal_counts_cost = 0.f;
+    if (detail::has_equal_counts(view)) {
+      const detail::EqualCountsScratch scratch = take_equal_counts(arena, view);
+      if (Status bad = detail::check(arena); !bad.ok()) return bad;
+      const Index count = detail::equal_count(row_counts_of(view), tables.budgets, limits(view));
+      equal_counts_cost = detail::equal_counts_cost(table, tables.budgets, count, scratch, executor);
+      std::fill(tables.budgets.begin(), tables.budgets.end(), count);
+    }
 
     arena.rewind(mark);
     const Workspace reduce_space = arena.take_bytes(reducer_.workspace_bytes(view, limits(view), workers));
     if (Status bad = detail::check(arena); !bad.ok()) return bad;
-    return reducer_.reduce(view, table, tables.budgets, reduce_space, executor);
+    Result<CompressionPlan> plan = reducer_.reduce(view, table, tables.budgets, reduce_space, executor);
+    if (plan.ok()) plan->equal_counts_cost = equal_counts_cost;
+    return plan;
   }
 
   /// Plans and applies. When it fails, nothing has been written.
@@ -152,11 +166,9 @@ class Compressor {
     return {std::min(most.total, detail::total_rows(view)), std::min(most.per_head, detail::max_rows(view))};
   }
 
-  /// Storage with one count per layer: every head gets the mean, rounded down.
-  static void make_equal(std::span<Index> budgets) noexcept {
-    Index sum = 0;
-    for (const Index b : budgets) sum += b;
-    std::fill(budgets.begin(), budgets.end(), std::max<Index>(sum / static_cast<Index>(budgets.size()), 1));
+  template <KVCacheView V>
+  [[nodiscard]] static detail::EqualCountsScratch take_equal_counts(detail::Arena& arena, const V& view) noexcept {
+    return detail::EqualCountsScratch::take(arena, view.shape().kv_heads, detail::total_rows(view));
   }
 
   Scorer scorer_{};

@@ -10,6 +10,7 @@
 
 #include "kvfold/view/concepts.hpp"
 #include "kvfold/view/strided.hpp"
+#include "kvfold/view/paged.hpp"
 
 #include "kvfold/evidence/query_rows.hpp"
 #include "kvfold/evidence/column_sums.hpp"
@@ -33,6 +34,7 @@
 #include "kvfold/storage/elements.hpp"
 #include "kvfold/storage/quantised.hpp"
 #include "kvfold/storage/ragged_cache.hpp"
+#include "kvfold/storage/paged_cache.hpp"
 
 #include "kvfold/exec/executor.hpp"
 #include "kvfold/exec/workspace.hpp"

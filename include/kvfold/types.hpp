@@ -21,6 +21,9 @@ using Position = std::int64_t;
 /// A row number as plans store it: half the memory of an `Index`. Heads are limited to `kMaxRows` rows.
 using RowId = std::int32_t;
 
+/// The number of a page in its pool, as page tables name it.
+using PageId = std::int32_t;
+
 inline constexpr Index kMaxRows = INT32_MAX;  ///< largest T of one head
 inline constexpr Index kMaxHeads = 1 << 16;   ///< largest H, G and H * G
 inline constexpr Index kMaxWidth = 1 << 16;   ///< largest D and E
@@ -40,6 +43,7 @@ struct LayerShape {
 enum class RowCounts : std::uint8_t {
   per_head,   ///< every head may have its own count (ragged)
   per_layer,  ///< all heads of a layer have the same count
+  per_model,  ///< all heads of all layers have the same count: min(B, T), whatever the scores
 };
 
 /// Rows that a rule keeps whatever their score. Never expressed as a large score: that fails on ties and in 16 bits.
@@ -96,6 +100,7 @@ struct CompressionPlan {
   std::span<const RowId> row_class;      ///< [sum of T_h] slot that a kept or merged row lives on in; -1: evicted
   float kept_score_share = 1.f;          ///< mean over heads of the kept rows' share of the head's score, in [0, 1]
   float merged_score_share = 0.f;        ///< likewise of the rows merged into kept ones
+  float equal_counts_cost = 0.f;         ///< see CompressionReport
 
   [[nodiscard]] std::span<const RowId> kept_rows(Index h) const noexcept { return slice(kept, kept_offset, h); }
   [[nodiscard]] std::span<const MergedRow> merged_rows(Index h) const noexcept {
@@ -121,8 +126,13 @@ struct CompressionReport {
   Index rows_rewritten = 0;  ///< kept rows whose value (and key) changed; all others are unchanged to the bit
   Index bytes_before = 0;    ///< K and V of the rows, 0 where the view does not tell its row size
   Index bytes_after = 0;
+  Index live_bytes_before = 0;  ///< memory that the storage held, 0 where the view does not tell; filled by `apply`
+  Index live_bytes_after = 0;
   float kept_score_share = 1.f;  ///< see CompressionPlan
   float merged_score_share = 0.f;
+  /// What it costs that the storage has one count for all heads: `kept_score_share` with the counts that the budget policy
+  /// asked for, minus that with equal ones. 0 where heads may be ragged; below 0 where the policy asked for less.
+  float equal_counts_cost = 0.f;
 };
 
 }  // namespace kvfold

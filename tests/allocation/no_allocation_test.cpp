@@ -18,6 +18,7 @@
 #include <gtest/gtest.h>
 
 #include "builders.hpp"
+#include "paged_engine.hpp"
 
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
@@ -268,6 +269,32 @@ TYPED_TEST(NoAllocation, BaselinesPlanAndApplyWithoutTheHeap) {
   TestFixture::expect_none(H2o({.score = {.recent = 30}, .budget = {.rows = 60}}));
   TestFixture::expect_none(SnapKv({.score = {.window = kWindow}, .budget = {.rows = 60}}));
   TestFixture::expect_none(Tova({.score = {}, .budget = {.rows = 60}}));
+}
+
+TYPED_TEST(NoAllocation, PagesWithEqualCountsPlanAndApplyWithoutTheHeap) {
+  constexpr LayerShape shape{kHeads, 2, 64, 64};
+  const auto cache = test::make_cache<TypeParam>(shape, 300);
+  const auto queries = test::make_queries(shape, 32, 300);
+  const Ems method({.score = {.window = kWindow}, .budget = {.rows = 60}});
+  for (const RowCounts counts : {RowCounts::per_head, RowCounts::per_layer, RowCounts::per_model}) {
+    test::PagedEngine<TypeParam, test::FlashInferNhd> engine(cache, 16);
+    engine.counts = counts;
+    auto view = engine.view();
+    SerialExecutor executor;
+    WorkspaceBuffer buffer;
+    ASSERT_TRUE(buffer.reserve(method.workspace_bytes(view, queries.view(), 1).value()).ok());
+    bool ok = false;
+    const auto work = [&] { ok = method.compress(view, queries.view(), buffer.get(), executor).ok(); };
+    const auto full_rows = engine.rows;
+    const auto full_positions = engine.positions;
+    work();
+    ASSERT_TRUE(ok);
+    std::copy(full_rows.begin(), full_rows.end(), engine.rows.begin());
+    std::copy(full_positions.begin(), full_positions.end(), engine.positions.begin());
+    EXPECT_EQ(heap_calls_of(work), 0);
+    EXPECT_TRUE(ok);
+    EXPECT_LT(engine.rows[0], 300);
+  }
 }
 
 TYPED_TEST(NoAllocation, TheAccumulatorObservesAndSummarizesWithoutTheHeap) {

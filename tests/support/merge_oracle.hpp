@@ -344,6 +344,7 @@ template <class Reducer, KVCacheView V, Executor X = SerialExecutor>
   put_all(plan.row_class);
   put(plan.kept_score_share);
   put(plan.merged_score_share);
+  put(plan.equal_counts_cost);
   return bits;
 }
 

@@ -41,6 +41,8 @@ static_assert(!MutableKVCacheView<MinimalView>);
 static_assert(!HasLogMass<MinimalView> && !HasWritableLogMass<MinimalView> && !MayLackLogMass<MinimalView>);
 static_assert(!HasContiguousRows<MinimalView> && !HasRope<MinimalView>);
 static_assert(!HasRowBytes<MinimalView> && !HasRowCounts<MinimalView>);
+static_assert(!HasLiveBytes<MinimalView> && !HasOwnCheck<MinimalView>);
+static_assert(HasLiveBytes<RaggedCache<float>>);
 
 constexpr LayerShape kShape{.kv_heads = 2, .group_size = 2, .key_dim = 8, .value_dim = 6};
 
@@ -50,8 +52,29 @@ TEST(OptionalCapabilities, WithoutThemDefaultsAreAssumed) {
   EXPECT_EQ(rope_of(view).kind, RopeKind::unknown);
   EXPECT_EQ(row_counts_of(view), RowCounts::per_head);
   EXPECT_EQ(row_bytes_of(view, 0), 0);
+  EXPECT_EQ(live_bytes_of(view), 0);
+  EXPECT_TRUE(own_check_of(view).ok());
   EXPECT_EQ(log_mass_of(view, 0, 0), 0.f);
   EXPECT_FALSE(can_store_log_mass(view));
+}
+
+/// Complains once its shape is in range, and must then be left alone.
+struct ComplainingView : MinimalView {
+  using MinimalView::MinimalView;
+  [[nodiscard]] static Status check() noexcept { return {StatusCode::invalid_argument, "tables", "are wrong", 1, 7}; }
+  [[nodiscard]] static Index size(Index) noexcept {
+    ADD_FAILURE() << "rows were asked for";
+    return 1;
+  }
+};
+
+TEST(OptionalCapabilities, AViewsOwnComplaintIsHeardBeforeItsRowsAreLookedAt) {
+  static_assert(HasOwnCheck<ComplainingView>);
+  const auto cache = test::make_cache(kShape, 10);
+  const Status status = detail::check_view(ComplainingView(cache));
+  EXPECT_EQ(status.argument(), "tables");
+  EXPECT_EQ(status.head(), 1);
+  EXPECT_EQ(status.row(), 7);
 }
 
 /// Log masses that can be read but not written.

@@ -75,7 +75,13 @@ template <KVCacheView V>
   return low;
 }
 
-/// Sizes in range, every head with rows, positions in order. O(H * T).
+/// Whether the storage has one count for all heads of a layer.
+template <KVCacheView V>
+[[nodiscard]] bool has_equal_counts(const V& view) noexcept {
+  return row_counts_of(view) != RowCounts::per_head;
+}
+
+/// Sizes in range, every head with rows, positions in order, and what the view itself checks. O(H * T).
 template <KVCacheView V>
 [[nodiscard]] Status check_view(const V& view) noexcept {
   const LayerShape shape = view.shape();
@@ -90,12 +96,13 @@ template <KVCacheView V>
   if (shape.key_dim < 1 || shape.value_dim < 1 || shape.key_dim > kMaxWidth || shape.value_dim > kMaxWidth) {
     return {StatusCode::invalid_argument, "view", "shape().key_dim and value_dim must be in [1, kMaxWidth]"};
   }
+  if (Status bad = own_check_of(view); !bad.ok()) return bad;
   for (Index h = 0; h < shape.kv_heads; ++h) {
     const auto rows = static_cast<Index>(view.size(h));
     if (rows < 1 || rows > kMaxRows)
       return {StatusCode::invalid_argument, "view", "size(h) must be in [1, kMaxRows]", h};
-    if (row_counts_of(view) == RowCounts::per_layer && rows != static_cast<Index>(view.size(0))) {
-      return {StatusCode::size_mismatch, "view", "heads of unequal size in storage that has one count per layer", h};
+    if (has_equal_counts(view) && rows != static_cast<Index>(view.size(0))) {
+      return {StatusCode::size_mismatch, "view", "heads of unequal size in storage that has one count for them", h};
     }
     Position previous = static_cast<Position>(view.position(h, 0));
     for (Index t = 1; t < rows; ++t) {

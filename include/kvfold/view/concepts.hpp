@@ -9,6 +9,7 @@
 #include <concepts>
 #include <span>
 
+#include "kvfold/status.hpp"
 #include "kvfold/types.hpp"
 
 namespace kvfold {
@@ -121,6 +122,24 @@ concept HasRowCounts = requires(const V& v) {
 };
 // clang-format on
 
+/// Optional: bytes of memory that the storage really holds for this view now: rows, spare room and tables, but not what it
+/// has given back. Asked before and after a compression, so that reports tell what was freed.
+// clang-format off
+template <class V>
+concept HasLiveBytes = requires(const V& v) {
+  { v.live_bytes() } noexcept -> std::convertible_to<Index>;
+};
+// clang-format on
+
+/// Optional: a view that can be wrong in ways of its own (page tables) looks itself over. Asked before any row is, once the
+/// shape is known to be in range; a status that is not ok becomes the call's.
+// clang-format off
+template <class V>
+concept HasOwnCheck = requires(const V& v) {
+  { v.check() } noexcept -> std::same_as<Status>;
+};
+// clang-format on
+
 template <KVCacheView V>
 [[nodiscard]] Rope rope_of(const V& view) noexcept {
   if constexpr (HasRope<V>) return view.rope();
@@ -137,6 +156,19 @@ template <KVCacheView V>
 [[nodiscard]] Index row_bytes_of(const V& view, Index h) noexcept {
   if constexpr (HasRowBytes<V>) return static_cast<Index>(view.row_bytes(h));
   return 0;
+}
+
+/// 0 where the view does not tell.
+template <KVCacheView V>
+[[nodiscard]] Index live_bytes_of(const V& view) noexcept {
+  if constexpr (HasLiveBytes<V>) return static_cast<Index>(view.live_bytes());
+  return 0;
+}
+
+template <KVCacheView V>
+[[nodiscard]] Status own_check_of(const V& view) noexcept {
+  if constexpr (HasOwnCheck<V>) return view.check();
+  return {};
 }
 
 /// Whether merged rows can be given a log mass.
