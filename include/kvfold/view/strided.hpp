@@ -55,6 +55,7 @@ struct StridedView {
   Index log_mass_stride = 0;
   Rope rotation = {};
   RowCounts counts = RowCounts::per_head;
+  ChannelRotation hadamard = {};  ///< of the stored rows
 
   [[nodiscard]] LayerShape shape() const noexcept { return layer; }
   [[nodiscard]] Index size(Index h) const noexcept { return rows[index(h)]; }
@@ -63,6 +64,7 @@ struct StridedView {
   }
   [[nodiscard]] Rope rope() const noexcept { return rotation; }
   [[nodiscard]] RowCounts row_counts() const noexcept { return counts; }
+  [[nodiscard]] ChannelRotation channel_rotation() const noexcept { return hadamard; }
   [[nodiscard]] Index row_bytes(Index /*h*/) const noexcept {
     return layer.key_dim * static_cast<Index>(sizeof(K)) + layer.value_dim * static_cast<Index>(sizeof(V));
   }
