@@ -59,6 +59,9 @@ class GlobalLocalScorer {
     }
   };
 
+  template <class V, class E>
+  static constexpr bool kUnderstands = detail::ColumnEvidence<E, V>;
+
   GlobalLocalScorer() noexcept = default;
   explicit GlobalLocalScorer(Options options) noexcept : options_(options) {}
 
