@@ -23,7 +23,7 @@ template <KVCacheView V>
 class BatchOrder {
  public:
   BatchOrder(std::span<const V> views, Index workers) noexcept
-      : views_(views), workers_(workers), together_(find_together()) {}
+      : views_(views), workers_(std::min(workers, kMaxHeads)), together_(find_together()) {}
 
   /// How many of the longest views have their heads spread over all workers, one view after the other.
   [[nodiscard]] Index together() const noexcept { return together_; }
