@@ -313,8 +313,8 @@ TYPED_TEST(Dlpack, RefusesAxesThatDoNotFit) {
 }
 
 TYPED_TEST(Dlpack, RefusesSizesThatDisagree) {
-  const auto expect = [&](std::vector<std::int64_t> sizes) {
-    const Owned<TypeParam, float> keys({2, 2, 3, 4}), values(std::move(sizes));
+  const auto expect = [&](const std::vector<std::int64_t>& sizes) {
+    const Owned<TypeParam, float> keys({2, 2, 3, 4}), values(sizes);
     const TensorAxes axes = TensorAxes::batch_head_major(0);
     expect_refused(view_of_tensors<float>(keys.tensor, axes, values.tensor, axes, this->rows).status(),
                    StatusCode::size_mismatch, "values");
