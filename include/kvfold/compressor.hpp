@@ -52,11 +52,12 @@ class Compressor {
   }
 
   /// Bytes of workspace that `plan` and `compress` need for this view and evidence with an executor of that concurrency,
-  /// or the status that `plan` would give.
+  /// or the status that `plan` would give to the options, or to the view's sizes. O(H): no row is looked at.
   template <KVCacheView V, class E>
     requires ScorerFor<Scorer, V, E> && ReducerFor<Reducer, V>
   [[nodiscard]] Result<std::size_t> workspace_bytes(const V& view, const E& evidence, Index workers) const noexcept {
-    if (Status bad = check_call(view, workers); !bad.ok()) return bad;
+    if (Status bad = check_call(workers); !bad.ok()) return bad;
+    if (Status bad = detail::check_sizes(view); !bad.ok()) return bad;
     detail::Arena arena;
     static_cast<void>(Tables::take(arena, view));
     const std::size_t mark = arena.mark();
@@ -77,7 +78,8 @@ class Compressor {
   [[nodiscard]] Result<CompressionPlan> plan(const V& view, const E& evidence, Workspace workspace,
                                              X& executor) const noexcept {
     const auto workers = static_cast<Index>(executor.concurrency());
-    if (Status bad = check_call(view, workers); !bad.ok()) return bad;
+    if (Status bad = check_call(workers); !bad.ok()) return bad;
+    if (Status bad = detail::check_view(view); !bad.ok()) return bad;
     detail::Arena arena(workspace);
     const Tables tables = Tables::take(arena, view);
     const std::size_t mark = arena.mark();
@@ -153,11 +155,9 @@ class Compressor {
     }
   };
 
-  template <KVCacheView V>
-  [[nodiscard]] Status check_call(const V& view, Index workers) const noexcept {
+  [[nodiscard]] Status check_call(Index workers) const noexcept {
     if (workers < 1) return {StatusCode::invalid_argument, "executor", "concurrency() must be at least 1"};
-    if (Status bad = validate(); !bad.ok()) return bad;
-    return detail::check_view(view);
+    return validate();
   }
 
   template <KVCacheView V>

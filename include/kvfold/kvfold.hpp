@@ -11,6 +11,9 @@
 #include "kvfold/view/concepts.hpp"
 #include "kvfold/view/strided.hpp"
 #include "kvfold/view/paged.hpp"
+#include "kvfold/view/sequences.hpp"
+#include "kvfold/view/dlpack.hpp"
+#include "kvfold/view/channel_rotation.hpp"
 
 #include "kvfold/evidence/query_rows.hpp"
 #include "kvfold/evidence/column_sums.hpp"
@@ -29,6 +32,7 @@
 
 #include "kvfold/apply.hpp"
 #include "kvfold/compressor.hpp"
+#include "kvfold/batch.hpp"
 #include "kvfold/attend.hpp"
 
 #include "kvfold/storage/elements.hpp"

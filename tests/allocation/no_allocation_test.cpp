@@ -4,6 +4,7 @@
 // new and Eigen's allocation end there as well; the first test shows it. Elsewhere, and under sanitizers, which bring a heap
 // of their own, the tests are skipped.
 #include <kvfold/attend.hpp>
+#include <kvfold/batch.hpp>
 #include <kvfold/compressor.hpp>
 #include <kvfold/evidence/global_local_accumulator.hpp>
 #include <kvfold/exec/thread_pool.hpp>
@@ -250,6 +251,37 @@ TYPED_TEST(NoAllocation, EmsOnAThreadPoolPlansAndAppliesWithoutTheHeap) {
   TestFixture::for_sizes([&](Engine<TypeParam>& engine, const test::OwnedQueries& queries) {
     TestFixture::expect_none(Ems({.score = {.window = kWindow}, .budget = {.rows = 60}}), engine, queries.view(), pool);
   });
+}
+
+TYPED_TEST(NoAllocation, BatchesAreCompressedWithoutTheHeap) {
+  ThreadPool pool(2);
+  const Ems method({.score = {.window = kWindow}, .budget = {.rows = 60}});
+  std::vector<Engine<TypeParam>> engines;
+  std::vector<test::OwnedQueries> queries;
+  for (const Index rows : {900, 200, 150, 257, 129, 100, 100}) {  // the first is spread over its heads
+    engines.emplace_back(Sizes{2, 64, rows, 32});
+    queries.push_back(test::make_queries(engines.back().shape(), 32, rows));
+  }
+  std::vector<StridedView<TypeParam>> views;
+  std::vector<QueryRows> evidence;
+  for (std::size_t i = 0; i < engines.size(); ++i) {
+    views.push_back(engines[i].view());
+    evidence.push_back(queries[i].view());
+  }
+  std::vector<Result<CompressionReport>> results(views.size(), CompressionReport{});
+  WorkspaceBuffer buffer;
+  ASSERT_TRUE(buffer.reserve(batch_workspace_bytes(method, views, evidence, 2).value()).ok());
+  bool ok = false;
+  const auto work = [&] {
+    ok = batch_workspace_bytes(method, views, evidence, 2).ok() &&
+         compress_batch(method, views, evidence, results, buffer.get(), pool).ok();
+  };
+  work();
+  ASSERT_TRUE(ok);
+  for (auto& engine : engines) engine.refill();
+  EXPECT_EQ(heap_calls_of(work), 0);
+  EXPECT_TRUE(ok);
+  for (const auto& result : results) EXPECT_TRUE(result.ok());
 }
 
 TYPED_TEST(NoAllocation, EmsThatRotatesKeysPlansAndAppliesWithoutTheHeap) {

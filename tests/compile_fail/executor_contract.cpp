@@ -1,10 +1,12 @@
-// An executor with all that plan() asks for; the compile-fail half has no run().
+// An executor with all that plan() asks for. The compile-fail half leaves one member out: -DWITHOUT_RUN leaves out run().
 #include <kvfold/compressor.hpp>
 #include <kvfold/view/strided.hpp>
 
 struct MyExecutor {
+#ifndef WITHOUT_CONCURRENCY
   kvfold::Index concurrency() const noexcept;
-#ifndef KVFOLD_COMPILE_FAIL
+#endif
+#ifndef WITHOUT_RUN
   void run(kvfold::Index n, kvfold::TaskRef task) noexcept;
 #endif
 };

@@ -1,5 +1,5 @@
 # cmake -DMATCHES=<regex> -P expect_error.cmake -- <compiler and arguments>
-# Succeeds if the compiler rejects its input with an error that matches.
+# Succeeds if the compiler rejects its input with an error that matches and is short.
 set(command "")
 set(in_command FALSE)
 math(EXPR last "${CMAKE_ARGC} - 1")
@@ -20,4 +20,9 @@ if(NOT status EQUAL 1 OR NOT output MATCHES "error: ")
 endif()
 if(NOT output MATCHES "${MATCHES}")
   message(FATAL_ERROR "The compiler's message does not match '${MATCHES}':\n${output}")
+endif()
+string(REGEX MATCHALL "\n" lines "${output}")
+list(LENGTH lines line_count)
+if(line_count GREATER 45)
+  message(FATAL_ERROR "The compiler's message is longer than 45 lines:\n${output}")
 endif()

@@ -6,7 +6,11 @@ struct View {
   kvfold::LayerShape shape() const noexcept;
 #endif
 #ifndef WITHOUT_SIZE
+#ifndef WITHOUT_NOEXCEPT
   kvfold::Index size(kvfold::Index h) const noexcept;
+#else
+  kvfold::Index size(kvfold::Index h) const;
+#endif
 #endif
 #ifndef WITHOUT_POSITION
   kvfold::Position position(kvfold::Index h, kvfold::Index t) const noexcept;

@@ -305,7 +305,7 @@ template <class K, class V, Layout KeyLayout, Layout ValueLayout>
 /// Every layout that the two kinds can have, and a RaggedCache (which has no scales for fp8).
 template <class K, class V>
 void add_cases(std::vector<StorageCase>& cases) {
-  constexpr bool key_blocks = kUnit < typename K::Stored >> 1, value_blocks = kUnit < typename V::Stored >> 1;
+  constexpr bool key_blocks = kInBlocks<typename K::Stored>, value_blocks = kInBlocks<typename V::Stored>;
   cases.push_back(strided_case<K, V, Layout::head_major, Layout::head_major>("headmajor"));
   cases.push_back(strided_case<K, V, Layout::token_major, Layout::token_major>("tokenmajor"));
   if constexpr (!value_blocks) {

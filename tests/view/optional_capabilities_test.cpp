@@ -40,9 +40,9 @@ static_assert(KVCacheView<MinimalView> && KVCacheView<NarrowView>);
 static_assert(!MutableKVCacheView<MinimalView>);
 static_assert(!HasLogMass<MinimalView> && !HasWritableLogMass<MinimalView> && !MayLackLogMass<MinimalView>);
 static_assert(!HasContiguousRows<MinimalView> && !HasRope<MinimalView>);
-static_assert(!HasRowBytes<MinimalView> && !HasRowCounts<MinimalView>);
 static_assert(!HasLiveBytes<MinimalView> && !HasOwnCheck<MinimalView>);
 static_assert(HasLiveBytes<RaggedCache<float>>);
+static_assert(!HasRowBytes<MinimalView> && !HasRowCounts<MinimalView> && !HasChannelRotation<MinimalView>);
 
 constexpr LayerShape kShape{.kv_heads = 2, .group_size = 2, .key_dim = 8, .value_dim = 6};
 
@@ -54,6 +54,8 @@ TEST(OptionalCapabilities, WithoutThemDefaultsAreAssumed) {
   EXPECT_EQ(row_bytes_of(view, 0), 0);
   EXPECT_EQ(live_bytes_of(view), 0);
   EXPECT_TRUE(own_check_of(view).ok());
+  EXPECT_EQ(channel_rotation_of(view).key_block, 0);
+  EXPECT_EQ(channel_rotation_of(view).value_block, 0);
   EXPECT_EQ(log_mass_of(view, 0, 0), 0.f);
   EXPECT_FALSE(can_store_log_mass(view));
 }

@@ -31,6 +31,19 @@ namespace kvfold::detail {
   return {};
 }
 
+/// The same for a view, whose keys must not have their channels mixed before they are un-rotated.
+template <KVCacheView V>
+[[nodiscard]] Status check_rope(const V& view) noexcept {
+  const Rope rope = rope_of(view);
+  if (Status bad = check_rope(rope, view.shape().key_dim); !bad.ok()) return bad;
+  const bool rotates = rope.kind == RopeKind::half_split || rope.kind == RopeKind::adjacent;
+  if (rotates && channel_rotation_of(view).key_block > 1) {
+    return {StatusCode::unsupported, "view",
+            "channel_rotation() mixes the channels of keys, but the options need to un-rotate keys"};
+  }
+  return {};
+}
+
 /// Turns a key at position p into the key at p + delta. Angles in fp64. No-op for caches without rotation.
 inline void rotate(float* key, Index key_dim, const Rope& rope, double delta) noexcept {
   if ((rope.kind != RopeKind::half_split && rope.kind != RopeKind::adjacent) || delta == 0.0) return;

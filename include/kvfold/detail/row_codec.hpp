@@ -73,7 +73,7 @@ void read_rows(const E* rows, Index token_stride, Index dim_stride, Index n, Ind
     const float scale = scales[i * scale_stride];
     for (Index d = 0; d < width; ++d) out[i * width + d] *= scale;
   };
-  if (kUnit < E >> 1 || dim_stride == 1) {
+  if (kInBlocks<E> || dim_stride == 1) {
     const Index units = row_units<E>(width);
     if (token_stride == units && !scaled) return load_units(rows, n * units, out);
     for (Index i = 0; i < n; ++i) {
@@ -99,7 +99,7 @@ void read_rows(const E* rows, Index token_stride, Index dim_stride, Index n, Ind
 template <Stored E>
 void write_strided_row(const float* in, Index in_stride, Index width, E* row, Index dim_stride,
                        RowScale<E>* scale) noexcept {
-  if constexpr (kUnit < E >> 1) {
+  if constexpr (kInBlocks<E>) {
     for (Index b = 0; b < row_units<E>(width); ++b) {
       const float* from = in + b * kUnit<E> * in_stride;
       if (in_stride == 1) {

@@ -81,9 +81,14 @@ template <KVCacheView V>
   return row_counts_of(view) != RowCounts::per_head;
 }
 
-/// Sizes in range, every head with rows, positions in order, and what the view itself checks. O(H * T).
+/// Whether a block of channels can be turned by a Hadamard matrix; 0 stands for "not turned".
+[[nodiscard]] constexpr bool is_channel_block(Index block, Index width) noexcept {
+  return block == 0 || (block > 0 && (block & (block - 1)) == 0 && width % block == 0);
+}
+
+/// Sizes in range, every head with rows, and what the view itself checks. O(H), and the view's own.
 template <KVCacheView V>
-[[nodiscard]] Status check_view(const V& view) noexcept {
+[[nodiscard]] Status check_sizes(const V& view) noexcept {
   const LayerShape shape = view.shape();
   if (shape == LayerShape{}) {
     return {StatusCode::invalid_argument, "view", "has no shape: widths, strides or scales do not fit its storage"};
@@ -96,6 +101,11 @@ template <KVCacheView V>
   if (shape.key_dim < 1 || shape.value_dim < 1 || shape.key_dim > kMaxWidth || shape.value_dim > kMaxWidth) {
     return {StatusCode::invalid_argument, "view", "shape().key_dim and value_dim must be in [1, kMaxWidth]"};
   }
+  const ChannelRotation turned = channel_rotation_of(view);
+  if (!is_channel_block(turned.key_block, shape.key_dim) || !is_channel_block(turned.value_block, shape.value_dim)) {
+    return {StatusCode::invalid_argument, "view",
+            "channel_rotation() must have powers of two that divide key_dim and value_dim, or 0"};
+  }
   if (Status bad = own_check_of(view); !bad.ok()) return bad;
   for (Index h = 0; h < shape.kv_heads; ++h) {
     const auto rows = static_cast<Index>(view.size(h));
@@ -104,6 +114,16 @@ template <KVCacheView V>
     if (has_equal_counts(view) && rows != static_cast<Index>(view.size(0))) {
       return {StatusCode::size_mismatch, "view", "heads of unequal size in storage that has one count for them", h};
     }
+  }
+  return {};
+}
+
+/// Sizes in range, every head with rows, positions in order. O(H * T).
+template <KVCacheView V>
+[[nodiscard]] Status check_view(const V& view) noexcept {
+  if (Status bad = check_sizes(view); !bad.ok()) return bad;
+  for (Index h = 0; h < view.shape().kv_heads; ++h) {
+    const auto rows = static_cast<Index>(view.size(h));
     Position previous = static_cast<Position>(view.position(h, 0));
     for (Index t = 1; t < rows; ++t) {
       const auto next = static_cast<Position>(view.position(h, t));

@@ -84,7 +84,7 @@ class EvictThenMerge {
       return Status{StatusCode::unsupported, "view", "has no place for log masses: choose MassMode::none or EvictOnly"};
     }
     if (options_.key_mode == KeyMode::rotated) {
-      if (Status bad = detail::check_rope(rope_of(view), shape.key_dim); !bad.ok()) return bad;
+      if (Status bad = detail::check_rope(view); !bad.ok()) return bad;
     }
     detail::Arena arena(workspace);
     const detail::CandidateRule rule{options_.gamma, options_.candidate_mass_share};

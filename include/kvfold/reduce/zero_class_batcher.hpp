@@ -68,7 +68,7 @@ class ZeroClassBatcher {
                 X& executor) const noexcept {
     const LayerShape shape = view.shape();
     if (options_.key_space == KeySpace::unrotated) {
-      if (Status bad = detail::check_rope(rope_of(view), shape.key_dim); !bad.ok()) return bad;
+      if (Status bad = detail::check_rope(view); !bad.ok()) return bad;
     }
     const Index tiles = tiles_of(problem.max_candidates);
     detail::Arena arena(workspace);

@@ -12,6 +12,8 @@ template <class Rule>
 class ColumnScorer {
  public:
   using Options = typename Rule::Options;
+  template <class V, class E>
+  static constexpr bool kUnderstands = detail::ColumnEvidence<E, V>;
 
   ColumnScorer() noexcept = default;
   explicit ColumnScorer(Options options) noexcept : options_(options) {}

@@ -62,6 +62,9 @@ class GlobalLocalScorer {
     }
   };
 
+  template <class V, class E>
+  static constexpr bool kUnderstands = detail::ColumnEvidence<E, V>;
+
   GlobalLocalScorer() noexcept = default;
   explicit GlobalLocalScorer(Options options) noexcept : options_(options) {}
 

@@ -13,6 +13,21 @@
 
 namespace kvfold {
 
+namespace detail {
+
+template <class S, class V, class E>
+[[nodiscard]] consteval bool understands() noexcept {
+  if constexpr (requires { S::template kUnderstands<V, E>; }) return S::template kUnderstands<V, E>;
+  return true;
+}
+
+}  // namespace detail
+
+/// Evidence that scorer S takes for views V. A scorer that takes some kinds only says so in a
+/// `template <class V, class E> static constexpr bool kUnderstands`, and the compiler's message names this concept.
+template <class E, class S, class V>
+concept EvidenceFor = detail::understands<S, V, E>();
+
 /// A policy that says how much each row matters, for views V and evidence E.
 ///
 /// - `validate()`: whether its options are in range.
@@ -20,8 +35,9 @@ namespace kvfold {
 /// - `score(view, evidence, table, workspace, executor)`: fills `table.score` and `table.protection` for all rows.
 // clang-format off
 template <class S, class V, class E>
-concept ScorerFor = KVCacheView<V> && requires(const S& s, const V& view, const E& evidence, ScoreTable table,
-                                               Workspace workspace, SerialExecutor& executor, Index workers) {
+concept ScorerFor = KVCacheView<V> && EvidenceFor<E, S, V> &&
+                    requires(const S& s, const V& view, const E& evidence, ScoreTable table, Workspace workspace,
+                             SerialExecutor& executor, Index workers) {
   { s.validate() } noexcept -> std::same_as<Status>;
   { s.workspace_bytes(view, evidence, workers) } noexcept -> std::same_as<std::size_t>;
   { s.score(view, evidence, table, workspace, executor) } noexcept -> std::same_as<Status>;

@@ -51,6 +51,10 @@ concept Stored = Element<E> || std::same_as<E, Int8> || std::same_as<E, BlockQ8_
 template <Stored E>
 inline constexpr Index kUnit = std::same_as<E, BlockQ8_0> || std::same_as<E, BlockQ4_0> ? kBlockSize : 1;
 
+/// Whether numbers are stored in blocks of `kUnit`, which are made of neighbours in a row.
+template <Stored E>
+inline constexpr bool kInBlocks = kUnit<E> != 1;
+
 /// Each row has an fp32 scale of its own, which is made when the row is written and moves with it.
 template <Stored E>
 inline constexpr bool kRowScaled = std::same_as<E, Int8>;

@@ -106,6 +106,22 @@ concept HasRope = requires(const V& v) {
 };
 // clang-format on
 
+/// Rows that are stored turned: each block of channels times the normalised Hadamard matrix of that size (some engines do
+/// so before they quantise). Products of keys and turned queries, cosines and weighted sums are what they were, so scores,
+/// budgets, classes and merges are those of the plain cache; give queries turned by `rotate_channels` with `key_block`.
+struct ChannelRotation {
+  Index key_block = 0;    ///< channels in a block of a key: a power of two that divides D; 0 = not turned
+  Index value_block = 0;  ///< the same for values and E; the output of attention comes turned like them
+};
+
+/// Optional: absent means that nothing is turned. Policies that un-rotate RoPE refuse turned keys.
+// clang-format off
+template <class V>
+concept HasChannelRotation = requires(const V& v) {
+  { v.channel_rotation() } noexcept -> std::same_as<ChannelRotation>;
+};
+// clang-format on
+
 /// Optional: bytes of memory that one row of a head takes (K, V, scales), so that reports speak of real memory.
 // clang-format off
 template <class V>
@@ -144,6 +160,12 @@ template <KVCacheView V>
 [[nodiscard]] Rope rope_of(const V& view) noexcept {
   if constexpr (HasRope<V>) return view.rope();
   return Rope{};
+}
+
+template <KVCacheView V>
+[[nodiscard]] ChannelRotation channel_rotation_of(const V& view) noexcept {
+  if constexpr (HasChannelRotation<V>) return view.channel_rotation();
+  return ChannelRotation{};
 }
 
 template <KVCacheView V>

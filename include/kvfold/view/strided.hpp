@@ -79,6 +79,7 @@ struct StridedView {
   ScaleStrides key_scale_strides = {};
   Scale<V>* value_scales = nullptr;
   ScaleStrides value_scale_strides = {};
+  ChannelRotation hadamard = {};  ///< of the stored rows
 
   [[nodiscard]] LayerShape shape() const noexcept {
     const bool sound = is_sound<K>(key_strides, layer.key_dim, key_scales, key_scale_strides) &&
@@ -91,6 +92,7 @@ struct StridedView {
   }
   [[nodiscard]] Rope rope() const noexcept { return rotation; }
   [[nodiscard]] RowCounts row_counts() const noexcept { return counts; }
+  [[nodiscard]] ChannelRotation channel_rotation() const noexcept { return hadamard; }
   [[nodiscard]] Index row_bytes(Index /*h*/) const noexcept {
     return detail::row_bytes<StoredKey>(layer.key_dim) + detail::row_bytes<StoredValue>(layer.value_dim);
   }
