@@ -142,8 +142,8 @@ template <class Method>
 
 }  // namespace detail
 
-/// Bytes of workspace that `compress_batch` needs for these views with an executor of that concurrency, or a status that
-/// concerns all of them. A view that `compress` would refuse needs none. O(views * min(views, workers) * H).
+/// Bytes of workspace that `compress_batch` needs for these views with an executor of that concurrency, or a status
+/// that concerns all of them. A view that `compress` would refuse needs none. O(views * min(views, workers) * H).
 template <class Scorer, class Budget, class Reducer, detail::Consecutive Views, detail::Consecutive Evidence>
 [[nodiscard]] Result<std::size_t> batch_workspace_bytes(const Compressor<Scorer, Budget, Reducer>& compressor,
                                                         const Views& views, const Evidence& evidence,
@@ -167,8 +167,8 @@ template <class Scorer, class Budget, class Reducer, detail::Consecutive Views, 
 ///
 /// How work is handed out: most views are one task each, worked on by one worker from end to end, longest first (most
 /// rows; ties by index), so that short ones fill the gaps. Before that, the k longest views are worked on one after the
-/// other, with their heads spread over all workers, as `Compressor::compress` does. k, at most the number of workers, is
-/// the one with the earliest expected finish, counted in rows: ceil(H / workers) heads for a view that is spread, and a
+/// other, with their heads spread over all workers, as `Compressor::compress` does. k, at most the number of workers,
+/// is the one with the earliest expected finish, counted in rows: ceil(H / workers) heads for a view that is spread, and a
 /// sixteenth of its rows, which no executor spreads; for the others, ceil(views / workers) rounds of the mean view, and
 /// at least the longest. So one very long view, or fewer views than workers, do not leave workers idle, and a batch of
 /// many alike is never split. Executors that give the next task to the next free worker balance best.

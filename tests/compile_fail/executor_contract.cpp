@@ -1,4 +1,5 @@
-// An executor with all that plan() asks for. The compile-fail half leaves one member out: -DWITHOUT_RUN leaves out run().
+// An executor with all that plan() asks for. The compile-fail half leaves one member out: -DWITHOUT_RUN leaves out
+// run().
 #include <kvfold/compressor.hpp>
 #include <kvfold/view/strided.hpp>
 

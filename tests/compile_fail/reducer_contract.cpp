@@ -1,5 +1,5 @@
-// A reducer with all that a Compressor asks for. The compile-fail half leaves one member out: -DWITHOUT_REDUCE leaves out
-// reduce().
+// A reducer with all that a Compressor asks for. The compile-fail half leaves one member out: -DWITHOUT_REDUCE leaves
+// out reduce().
 #include <kvfold/compressor.hpp>
 #include <kvfold/view/strided.hpp>
 

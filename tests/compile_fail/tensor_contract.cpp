@@ -1,5 +1,5 @@
-// A struct with all that DLPack's DLTensor has. The compile-fail half leaves one member out: -DWITHOUT_STRIDES leaves out
-// strides.
+// A struct with all that DLPack's DLTensor has. The compile-fail half leaves one member out: -DWITHOUT_STRIDES leaves
+// out strides.
 #include <kvfold/view/dlpack.hpp>
 
 struct Tensor {

@@ -30,7 +30,7 @@ struct Padded {
   std::vector<Position> positions;
   PaddedBatch<float> batch;
 
-  explicit Padded(std::vector<int> of, Padding padding = Padding::right, bool head_major = true) : lengths(of) {
+  explicit Padded(const std::vector<int>& of, Padding padding = Padding::right, bool head_major = true) : lengths(of) {
     const auto B = static_cast<Index>(lengths.size());
     const auto strides = [&](Index width) {
       return head_major ? BatchStrides::head_major(kHeads, kTokens, width)
@@ -328,7 +328,7 @@ TEST(PackedSequence, IsCompressedWithoutTouchingItsNeighbours) {
 }
 
 TEST(PackedSequence, CumulativeLengthsThatDoNotAscendOrEndInTimeAreRefused) {
-  const auto expect = [](std::vector<std::int32_t> cumulative, StatusCode code, Index row) {
+  const auto expect = [](const std::vector<std::int32_t>& cumulative, StatusCode code, Index row) {
     Packed packed;
     packed.cumulative = cumulative;
     expect_refused(packed.view(0).status(), code, "cumulative_lengths", row);

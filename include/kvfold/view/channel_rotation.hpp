@@ -16,8 +16,8 @@ namespace kvfold {
 /// \param rows  n * `width` floats, n >= 0: queries of any layout whose rows are dense, or rows of a cache
 /// \param width floats in a row, at least 1
 /// \param block a power of two that divides `width`; 0 and 1 leave the rows as they are
-/// \returns a status, with the rows unchanged, when `width` does not divide the size of `rows` or `block` is not as above.
-/// Cost O(rows.size() * log(block)).
+/// \returns a status, with the rows unchanged, when `width` does not divide the size of `rows` or `block` is not as
+/// above. Cost O(rows.size() * log(block)).
 [[nodiscard]] inline Status rotate_channels(std::span<float> rows, Index width, Index block) noexcept {
   if (width < 1 || width > kMaxWidth) return {StatusCode::invalid_argument, "width", "must be in [1, kMaxWidth]"};
   if (static_cast<Index>(rows.size()) % width != 0) {

@@ -106,9 +106,10 @@ concept HasRope = requires(const V& v) {
 };
 // clang-format on
 
-/// Rows that are stored turned: each block of channels times the normalised Hadamard matrix of that size (some engines do
-/// so before they quantise). Products of keys and turned queries, cosines and weighted sums are what they were, so scores,
-/// budgets, classes and merges are those of the plain cache; give queries turned by `rotate_channels` with `key_block`.
+/// Rows that are stored turned: each block of channels times the normalised Hadamard matrix of that size (some engines
+/// do so before they quantise). Products of keys and turned queries, cosines and weighted sums are what they were, so
+/// scores, budgets, classes and merges are those of the plain cache; give queries turned by `rotate_channels` with
+/// `key_block`.
 struct ChannelRotation {
   Index key_block = 0;    ///< channels in a block of a key: a power of two that divides D; 0 = not turned
   Index value_block = 0;  ///< the same for values and E; the output of attention comes turned like them

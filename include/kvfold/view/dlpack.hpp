@@ -18,8 +18,8 @@
 
 namespace kvfold {
 
-/// Anything with the members of DLPack's `DLTensor`: shape and strides are [ndim], strides count elements and may be null
-/// (then the tensor is compact, the last axis fastest); the first element is at data + byte_offset.
+/// Anything with the members of DLPack's `DLTensor`: shape and strides are [ndim], strides count elements and may be
+/// null (then the tensor is compact, the last axis fastest); the first element is at data + byte_offset.
 // clang-format off
 template <class T>
 concept DlpackTensor = requires(const T& t) {
@@ -224,8 +224,8 @@ class TensorReader {
 /// \param rows  [H] rows in use of each head, in [0, size of the token axis]; kept by the view, and shrunk by `apply`
 /// \param group_size G, query heads per KV head
 /// \returns the view, or a status that names `keys`, `values` (device, dtype, lanes, ndim, axes, sizes, strides, data,
-/// byte_offset), `group_size` or `rows`. Positions, log masses, rotation and row counts are as in a new `StridedView`: set
-/// them on the result. Cost O(H).
+/// byte_offset), `group_size` or `rows`. Positions, log masses, rotation and row counts are as in a new `StridedView`:
+/// set them on the result. Cost O(H).
 template <class K, class V = K, DlpackTensor T>
 [[nodiscard]] Result<StridedView<K, V>> view_of_tensors(const T& keys, const TensorAxes& key_axes, const T& values,
                                                         const TensorAxes& value_axes, std::span<Index> rows,
