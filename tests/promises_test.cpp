@@ -199,7 +199,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadInput{"SpanWeightNegative", kInvalid, "span_weight", [](Call& c) { c.options.score.span_weight = -1.f; }},
         BadInput{"SpanWeightInfinite", kInvalid, "span_weight",
                  [](Call& c) { c.options.score.span_weight = kInfinity; }},
-        BadInput{"SpanWidthEven", kInvalid, "span_width", [](Call& c) { c.options.score.span_width = 4; }},
+        BadInput{"SpanWidthZero", kInvalid, "span_width", [](Call& c) { c.options.score.span_width = 0; }},
         BadInput{"PoolEven", kInvalid, "pool",
                  [](Call& c) {
                    c.options.score.score_pool = {PoolKind::max, 2};

@@ -243,16 +243,9 @@ const std::vector<OptionField>& option_fields() {
       number(
           "global-weight", "omega of the global term", [](auto& o) -> auto& { return o.score.global_weight; }),
       number(
-          "agreement", "X", [](auto& o) -> auto& { return o.score.agreement; }),
-      number("span-kind", "X", [](auto& o) -> auto& { return o.score.span_kind; }),
-      number("span-back", "X", [](auto& o) -> auto& { return o.score.span_back; }),
-      number("span-decay", "X", [](auto& o) -> auto& { return o.score.span_decay; }),
-      number(
-          "agreement-kind", "X", [](auto& o) -> auto& { return o.score.agreement_kind; }),
-      number(
           "span-weight", "beta of the span term, 0 for none", [](auto& o) -> auto& { return o.score.span_weight; }),
       number(
-          "span-width", "width of the span term, rows", [](auto& o) -> auto& { return o.score.span_width; }),
+          "span-width", "w, rows after an attended one in the span term", [](auto& o) -> auto& { return o.score.span_width; }),
       number(
           "floor-share", "share of the budget that every head keeps",
           [](auto& o) -> auto& { return o.budget.floor_share; }),

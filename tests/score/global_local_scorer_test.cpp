@@ -196,21 +196,18 @@ TEST(GlobalLocalScorer, ScoresEveryHeadByItself) {
   }
 }
 
-TEST(GlobalLocalScorer, AlignsEveryTermToTheMeanOfTheLocalOneOverEvictableRows) {
+TEST(GlobalLocalScorer, AlignsTheGlobalTermToTheMeanOfTheLocalOneOverEvictableRows) {
   const LayerShape shape{2, 2, 16, 4};
   const auto cache = make_cache(shape, 200);
   const OwnedQueries owned = make_queries(shape, 200, 200);
-  for (const float span_weight : {0.f, 0.75f, 2.f}) {
-    const Options options{.combine = Combine::sum, .span_weight = span_weight};
-    const Scored scored = run_score(GlobalLocalScorer(options), cache, owned.view());
-    const auto columns = columns_oracle(cache, owned.view(), options.window);
-    const auto local = over_group(columns.local, 2, options.group);
-    const Evictable rows(200, options.protect.sinks, options.protect.recent);
-    for (Index h = 0; h < 2; ++h) {
-      const Numbers score(scored.score.begin() + h * 200, scored.score.begin() + (h + 1) * 200);
-      // alpha * glo, loc, and beta times the aligned spans: each has loc's mean.
-      EXPECT_NEAR(sum_over(score, rows) / sum_over(nth(local, h), rows), 2.0 + static_cast<double>(span_weight), 1e-4);
-    }
+  const Options options{.combine = Combine::sum, .span_weight = 0.f};
+  const Scored scored = run_score(GlobalLocalScorer(options), cache, owned.view());
+  const auto columns = columns_oracle(cache, owned.view(), options.window);
+  const auto local = over_group(columns.local, 2, options.group);
+  const Evictable rows(200, options.protect.sinks, options.protect.recent);
+  for (Index h = 0; h < 2; ++h) {
+    const Numbers score(scored.score.begin() + h * 200, scored.score.begin() + (h + 1) * 200);
+    EXPECT_NEAR(sum_over(score, rows) / sum_over(nth(local, h), rows), 2.0, 1e-4);  // alpha * glo, and loc
   }
 }
 
@@ -246,10 +243,17 @@ TEST(GlobalLocalScorer, TakesTheLargerOfTheAlignedTerms) {
             (Scores{5, 4, 3, 4}));
 }
 
-TEST(GlobalLocalScorer, SpansGiveAFoundRowItsNeighbours) {
-  const Scores scores = score_columns({0, 0, 0, 0, 0, 0, 0}, {0, 0, 0, 9, 0, 0, 0},
-                                      {.protect = {}, .span_weight = 0.5f, .span_width = 3});
-  EXPECT_TRUE(close_to(scores, Scores{0, 0, 1.5f, 9, 1.5f, 0, 0}));
+TEST(GlobalLocalScorer, SpansKeepWhatFollowsAFoundRow) {
+  const Scores none(8, 0.f), local{0, 0, 2, 9, 0, 0, 0, 0};
+  const auto scores = [&](Index width) {
+    return score_columns(none, local, {.protect = {}, .span_weight = 0.5f, .span_width = width});
+  };
+  EXPECT_EQ(scores(1), (Scores{0, 0, 2, 9, 4.5f, 0, 0, 0}));
+  EXPECT_EQ(scores(2), (Scores{0, 0, 2, 9, 4.5f, 4.5f, 0, 0}));
+  EXPECT_EQ(scores(3), (Scores{0, 0, 2, 9, 4.5f, 4.5f, 4.5f, 0}));
+  EXPECT_EQ(scores(kMaxRows), (Scores{0, 0, 2, 9, 4.5f, 4.5f, 4.5f, 4.5f}));
+  EXPECT_EQ(score_columns(none, local, {.protect = {}, .combine = Combine::sum, .span_weight = 0.5f, .span_width = 1}),
+            (Scores{0, 0, 2, 10, 4.5f, 0, 0, 0}));
 }
 
 TEST(GlobalLocalScorer, SinksAndRecentRowsTakeNoPartInAlignment) {
@@ -265,7 +269,7 @@ TEST(GlobalLocalScorer, SinksAndRecentRowsDoNotSpillIntoPools) {
   EXPECT_EQ(score_columns(none, local, {.protect = protect, .span_weight = 0.f, .score_pool = {PoolKind::max, 3}}),
             (Scores{100, 50, 3, 3, 3, 80}));
   EXPECT_EQ(score_columns(none, local, {.protect = protect, .span_weight = 1.f, .span_width = 5}),
-            (Scores{100, 50, 3, 2, 3, 80}));
+            (Scores{100, 50, 3, 3, 3, 80}));
 }
 
 TEST(GlobalLocalScorer, ScoresZeroWhereNothingWasLookedAt) {
@@ -314,7 +318,6 @@ TEST(GlobalLocalScorer, RefusesOptionsThatAreOutOfRange) {
     EXPECT_TRUE(refused({.span_weight = weight}, "span_weight"));
     EXPECT_TRUE(refused({.global_weight = weight}, "global_weight"));
   }
-  EXPECT_TRUE(refused({.span_width = 12}, "span_width"));
   EXPECT_TRUE(refused({.local_pool = {PoolKind::none, 2}}, "pool"));
   EXPECT_TRUE(refused({.score_pool = {PoolKind::average, 4}}, "pool"));
   for (const auto& [name, options] : kVariants) EXPECT_TRUE(GlobalLocalScorer(options).validate().ok()) << name;

@@ -203,9 +203,11 @@ struct Evictable {
   Numbers score(glo.size());
   for (std::size_t j = 0; j < glo.size(); ++j) score[j] = combine(alpha * glo[j], loc[j]);
   if (o.span_weight > 0.f) {
-    const Numbers spans = pooled(loc, rows, {PoolKind::average, o.span_width});
-    const double beta = static_cast<double>(o.span_weight) * alignment_oracle(loc, spans, rows);
-    for (Index j = rows.first; j < rows.end; ++j) nth(score, j) = combine(nth(score, j), beta * nth(spans, j));
+    for (Index j = rows.first; j < rows.end; ++j) {
+      double most = 0.0;
+      for (Index i = std::max(rows.first, j - o.span_width); i < j; ++i) most = std::max(most, nth(loc, i));
+      nth(score, j) = combine(nth(score, j), static_cast<double>(o.span_weight) * most);
+    }
   }
   return pooled(score, rows, o.score_pool);
 }

@@ -1,5 +1,5 @@
 /// \file
-/// The Global-Local score of EMS (arXiv 2412.08521), and the span term that gives a found row its neighbours.
+/// The Global-Local score of EMS (arXiv 2412.08521), and the span term that keeps what follows a found row.
 #pragma once
 
 #include <cmath>
@@ -9,12 +9,12 @@
 
 namespace kvfold {
 
-/// s_j = max(omega * alpha * glo_j, loc_j, beta * alpha' * pool_w(loc)_j).
+/// s_j = max(omega * alpha * glo_j, loc_j, beta * max(loc_{j-w} .. loc_{j-1})).
 ///
 /// `glo_j` is the attention that row j got from all queries of the evidence, `loc_j` from the last W of them;
 /// alpha = mean(loc) / mean(glo) over evictable rows aligns the two, so that neither early rows (many queries saw them)
-/// nor late ones (the window is near) win by position. The third, the span term, is kvfold's extension: alpha' aligns the
-/// pooled mean in the same way.
+/// nor late ones (the window is near) win by position. The third, the span term, is kvfold's extension: what a model has
+/// found it reads on from, so the w rows after an attended one are needed next, though no query has looked at them yet.
 ///
 /// Evidence: `QueryRows` (all queries; with those of the window only, glo is loc), `ColumnSums` (from
 /// `GlobalLocalAccumulator` or the engine), `AttentionWeights`. Cost: that of the column sums, and O(G * T) per head.
@@ -34,11 +34,8 @@ class GlobalLocalScorer {
     Normalise normalise = Normalise::none;       ///< of the global term
     Index query_stride = 1;     ///< s: the global term takes every s-th query (QueryRows evidence only)
     float global_weight = 1.f;  ///< omega, of the aligned global term, at least 0; 1 in EMS
-    float agreement = 0.f;      ///< EXPERIMENT
-    int agreement_kind = 0;
-    int span_kind = 0; int span_back = 0; float span_decay = 1.f;
-    float span_weight = 0.75f;  ///< beta, at least 0; 0 leaves the span term out
-    Index span_width = 13;      ///< w, rows, odd: as wide as an answer
+    float span_weight = 0.35f;  ///< beta, at least 0; 0 leaves the span term out
+    Index span_width = 5;       ///< w, rows, at least 1: as long as an answer (some 5 tokens, or 13 bytes)
     Pool local_pool{};          ///< of loc, before alignment
     Pool score_pool{};          ///< of s
 
@@ -54,8 +51,8 @@ class GlobalLocalScorer {
         return {StatusCode::invalid_argument, "span_weight", "must be a number of at least 0"};
       }
       if (Status bad = protect.validate(); !bad.ok()) return bad;
-      if (Status bad = Pool{PoolKind::average, span_width}.validate(); !bad.ok()) {
-        return {StatusCode::invalid_argument, "span_width", "must be odd and in [1, kMaxRows]"};
+      if (span_width < 1 || span_width > kMaxRows) {
+        return {StatusCode::invalid_argument, "span_width", "must be in [1, kMaxRows]"};
       }
       if (Status bad = local_pool.validate(); !bad.ok()) return bad;
       return score_pool.validate();
@@ -143,45 +140,16 @@ class GlobalLocalScorer {
       detail::pool_row(evictable(loc), options_.local_pool, evictable(pooled));
       std::copy_n(pooled.begin() + first, end - first, loc.begin() + first);
     }
-    double trust = 1.0;
-    if (options_.agreement > 0.f) {
-      double a = 0, b = 0, c = 0;
-      for (Index t = first; t < end; ++t) {
-        const double g = double(glo[detail::at(t)]), l = double(loc[detail::at(t)]);
-        if (options_.agreement_kind == 0) { a += g * l; b += g * g; c += l * l; }
-        else { a += std::sqrt(g * l); b += g; c += l; }
-      }
-      if (a > 0) trust = std::pow(a / std::sqrt(b * c), double(options_.agreement));
-    }
-    const double alpha = trust * static_cast<double>(options_.global_weight) * alignment(evictable(loc), evictable(glo));
+    const double alpha = static_cast<double>(options_.global_weight) * alignment(evictable(loc), evictable(glo));
     for (std::size_t j = 0; j < out.size(); ++j) {
       const auto aligned = static_cast<float>(alpha * static_cast<double>(glo[j]));
       out[j] = options_.combine == Combine::max ? std::max(aligned, loc[j]) : aligned + loc[j];
     }
-    if (options_.span_weight > 0.f && options_.span_kind > 0) {
+    if (options_.span_weight > 0.f) {
+      detail::trailing_max(evictable(loc), options_.span_width, evictable(pooled));
       for (Index t = first; t < end; ++t) {
         const auto j = detail::at(t);
-        float best = 0.f; float w = options_.span_weight;
-        for (Index d = 1; d <= options_.span_width && t - d >= first; ++d) {
-          const auto i = detail::at(t - d);
-          const float x = options_.span_kind == 1 ? loc[i] : loc[i] - static_cast<float>(alpha * static_cast<double>(glo[i]));
-          best = std::max(best, x * w); w *= options_.span_decay;
-        }
-        w = options_.span_weight;
-        for (Index d = 1; d <= options_.span_back && t + d < end; ++d) {
-          const auto i = detail::at(t + d);
-          const float x = options_.span_kind == 1 ? loc[i] : loc[i] - static_cast<float>(alpha * static_cast<double>(glo[i]));
-          best = std::max(best, x * w); w *= options_.span_decay;
-        }
-        pooled[j] = best;
-      }
-      for (Index t = first; t < end; ++t) out[detail::at(t)] = std::max(out[detail::at(t)], pooled[detail::at(t)]);
-    } else if (options_.span_weight > 0.f) {
-      detail::pool_row(evictable(loc), Pool{PoolKind::average, options_.span_width}, evictable(pooled));
-      const double weight = static_cast<double>(options_.span_weight) * alignment(evictable(loc), evictable(pooled));
-      for (Index t = first; t < end; ++t) {
-        const auto j = detail::at(t);
-        const auto span = static_cast<float>(weight * static_cast<double>(pooled[j]));
+        const float span = options_.span_weight * pooled[j];
         out[j] = options_.combine == Combine::max ? std::max(out[j], span) : out[j] + span;
       }
     }

@@ -116,6 +116,20 @@ inline void pool_row(std::span<const float> x, Pool pool, std::span<float> out) 
   }
 }
 
+/// out[j] = max(x[j - width] .. x[j - 1]), as far as these exist, and 0 for the first; x is at least 0. O(n log width).
+inline void trailing_max(std::span<const float> x, Index width, std::span<float> out) noexcept {
+  const auto n = static_cast<Index>(x.size());
+  if (n == 0) return;
+  out[0] = 0.f;
+  std::copy(x.begin(), x.end() - 1, out.begin() + 1);
+  // out[j] covers `covered` rows: two such windows, one behind the other, cover more.
+  for (Index covered = 1; covered < std::min(width, n);) {
+    const Index step = std::min(covered, width - covered);
+    for (Index j = n - 1; j >= step; --j) out[at(j)] = std::max(out[at(j)], out[at(j - step)]);
+    covered += step;
+  }
+}
+
 /// Joins [C][rows] columns into one row.
 inline void reduce_columns(std::span<const float> columns, Index rows, bool by_max, std::span<float> out) noexcept {
   const auto count = static_cast<Index>(columns.size()) / rows;
