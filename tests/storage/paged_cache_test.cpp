@@ -7,6 +7,7 @@
 #include <limits>
 #include <set>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -477,6 +478,10 @@ void expect_bits_of_ragged(PageTables tables) {
                   .append(keys.data(), Strides::head_major(200, 16), values.data(), Strides::head_major(200, 12),
                           positions_from(0, 200))
                   .ok());
+  for (Index t = 0; t < 200; t += 3) {  // some rows stand for several already
+    ragged.write_log_mass(1, t, 0.01f * static_cast<float>(t));
+    paged.write_log_mass(1, t, 0.01f * static_cast<float>(t));
+  }
   for (const Index budget : {150, 60, 20}) {  // again and again
     const Ems method({.score = {.window = 16}, .budget = {.rows = budget}, .reduce = {.key_mode = KeyMode::direction}});
     const auto a = method.compress(ragged, queries.view());
@@ -494,6 +499,51 @@ TEST(PagedCacheBesideRagged, CompressesToTheSameBits) {
     expect_bits_of_ragged<float>(tables);
     expect_bits_of_ragged<Float16>(tables);
     expect_bits_of_ragged<BFloat16>(tables);
+  }
+}
+
+// --- Many sequences at once --------------------------------------------------------------------------------------------
+
+TEST(PagedCachesOfOnePool, GrowAndCompressAtTheSameTime) {
+  constexpr LayerShape shape{.kv_heads = 2, .group_size = 1, .key_dim = 16, .value_dim = 16};
+  const PagedCacheOptions options{.page_size = 8, .tables = PageTables::per_head};
+  const auto queries = make_queries(shape, 20, 120);
+  const EmsEvict method({.score = {.window = 16}, .budget = {.rows = 30}, .reduce = {}});
+  auto pool =
+      PagePool<>::create(
+          {.page_bytes = PagedCache<>::page_bytes(shape, options).value(), .pages_per_slab = 16, .max_slabs = 40})
+          .value();
+  constexpr int sequences = 6;
+  std::vector<PagedCache<>> caches;
+  std::vector<RaggedCache<>> wanted;
+  for (int i = 0; i < sequences; ++i) {
+    caches.push_back(PagedCache<>::create(shape, pool, options).value());
+    wanted.push_back(make_cache(shape, 120, static_cast<std::uint64_t>(i)));
+  }
+  const auto fill_and_compress = [&](int i) {
+    const RaggedCache<>& rows = wanted[static_cast<std::size_t>(i)];
+    PagedCache<>& cache = caches[static_cast<std::size_t>(i)];
+    std::vector<float> keys(ix(2 * 120 * 16)), values(keys.size());
+    for (Index h = 0; h < 2; ++h) {
+      rows.read_keys(h, 0, 120, std::span(keys).subspan(ix(h * 120 * 16)));
+      rows.read_values(h, 0, 120, std::span(values).subspan(ix(h * 120 * 16)));
+    }
+    for (Index t = 0; t < 120; ++t) {
+      const Position position = t;
+      ASSERT_TRUE(cache
+                      .append(keys.data() + t * 16, Strides::head_major(120, 16), values.data() + t * 16,
+                              Strides::head_major(120, 16), std::span(&position, 1))
+                      .ok());
+    }
+    ASSERT_TRUE(method.compress(cache, queries.view()).ok());
+  };
+  std::vector<std::thread> threads;
+  for (int i = 0; i < sequences; ++i) threads.emplace_back([&, i] { fill_and_compress(i); });
+  for (std::thread& thread : threads) thread.join();
+  for (int i = 0; i < sequences; ++i) {
+    auto& rows = wanted[static_cast<std::size_t>(i)];
+    ASSERT_TRUE(method.compress(rows, queries.view()).ok());
+    EXPECT_EQ(contents(caches[static_cast<std::size_t>(i)]), contents(rows)) << i;
   }
 }
 

@@ -101,10 +101,13 @@ class EveryPageLayout : public testing::Test {
   RaggedCache<E> cache = make_cache<E>(kShape, kRows);
   OwnedQueries queries = make_queries(kShape, 40, kRows);
 
-  /// Heads of 100, 83 and 64 rows, which ends a page.
+  /// Heads of 100, 83 and 64 rows, which ends a page; some rows stand for several already.
   EveryPageLayout() {
     cache.resize(1, 83);
     cache.resize(2, 64);
+    for (Index h = 0; h < kShape.kv_heads; ++h) {
+      for (Index t = 0; t < cache.size(h); t += 3) cache.write_log_mass(h, t, 0.01f * static_cast<float>(t + h));
+    }
   }
 
   template <class View>
@@ -269,6 +272,7 @@ TYPED_TEST(EveryPageLayout, KeptRowsKeepTheirBytesAndNothingElseIsWritten) {
         std::memcpy(&expected.value(h, t, d), &before.value(h, from, d), sizeof(Stored));
       }
       EXPECT_EQ(view.position(h, t), from);
+      EXPECT_EQ(view.log_mass(h, t), before.view().log_mass(h, from));
     }
   }
   EXPECT_TRUE(engine.same_pools(expected));
