@@ -50,6 +50,10 @@ template <>
 struct DlpackType<BFloat16> {
   static constexpr std::int64_t kCode = 4, kBits = 16;
 };
+template <>
+struct DlpackType<Float8E4M3> {
+  static constexpr std::int64_t kCode = 10, kBits = 8;
+};
 
 /// Which axis of a tensor is which, counted from 0. Axes that are not named must have size 1.
 struct TensorAxes {
