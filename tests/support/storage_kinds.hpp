@@ -3,7 +3,9 @@
 /// compiled once.
 #pragma once
 
+#include <kvfold/storage/paged_cache.hpp>
 #include <kvfold/storage/ragged_cache.hpp>
+#include <kvfold/view/paged.hpp>
 #include <kvfold/view/strided.hpp>
 
 #include <algorithm>
@@ -248,13 +250,128 @@ class StridedCache final : public AnyCacheOf<StridedView<typename K::Stored, typ
   std::vector<float> log_masses_;
 };
 
-/// A RaggedCache. It does not show its memory: the bits of what it reads as stand for the bytes of a row.
-template <class K, class V>
-class OwnedCache final : public AnyCacheOf<RaggedCache<typename K::Stored, typename V::Stored>> {
- public:
-  using Cache = RaggedCache<typename K::Stored, typename V::Stored>;
+enum class Pages { token_major, head_major, transposed, one_head };
 
-  OwnedCache(LayerShape shape, Index rows) : AnyCacheOf<Cache>(Cache::create(shape).value()) {
+/// One tensor of a page pool, zeros at first, with the scales that its kind has.
+template <class Kind>
+class PagedTensor {
+ public:
+  using E = typename Kind::Stored;
+  static constexpr Index kPageSize = 16;
+
+  PagedTensor(Pages order, Index heads, Index pages, Index width)
+      : strides(order == Pages::token_major  ? PageStrides::token_major(kPageSize, heads, width / kUnit<E>)
+                : order == Pages::head_major ? PageStrides::head_major(kPageSize, heads, width / kUnit<E>)
+                : order == Pages::transposed ? PageStrides::transposed(kPageSize, heads, width / kUnit<E>)
+                                             : PageStrides::one_head(kPageSize, width / kUnit<E>)),
+        units(static_cast<std::size_t>(pages * strides.page)),
+        row_units_(width / kUnit<E>) {
+    if (kRowScaled<E>) {
+      const Index parts = order == Pages::one_head ? 1 : heads;
+      scale_strides = {.page = parts * kPageSize, .head = order == Pages::one_head ? 0 : kPageSize, .token = 1};
+      scales.resize(static_cast<std::size_t>(pages * scale_strides.page));
+    } else if (Kind::kScaled) {
+      scale_strides = {.page = 0, .head = 1, .token = 0};
+      for (Index h = 0; h < heads; ++h) scales.push_back(0.013f * static_cast<float>(h + 1));
+    }
+  }
+
+  [[nodiscard]] Bytes row(Index page, Index h, Index token) const {
+    Bytes bytes;
+    const auto append = [&bytes](const void* from, std::size_t n) {
+      const std::size_t end = bytes.size();
+      bytes.resize(end + n);
+      std::memcpy(bytes.data() + end, from, n);
+    };
+    const auto place = [&](const PageStrides& s) { return page * s.page + h * s.head + token * s.token; };
+    for (Index u = 0; u < row_units_; ++u) {
+      append(&units[static_cast<std::size_t>(place(strides) + u * strides.dim)], sizeof(E));
+    }
+    if (kRowScaled<E>) append(&scales[static_cast<std::size_t>(place(scale_strides))], sizeof(float));
+    return bytes;
+  }
+  [[nodiscard]] float* scale_data() { return scales.empty() ? nullptr : scales.data(); }
+  [[nodiscard]] float head_scale(Index h) const {
+    return Kind::kScaled && !kRowScaled<E> ? scales[static_cast<std::size_t>(h)] : 1.f;
+  }
+
+  PageStrides strides, scale_strides;
+  std::vector<E> units;
+  std::vector<float> scales;
+
+ private:
+  Index row_units_;
+};
+
+/// A page pool of an engine, tables that name its pages in no order, and a PagedView on them.
+template <class K, class V>
+class PooledCache final : public AnyCacheOf<PagedView<typename K::Stored, typename V::Stored>> {
+ public:
+  PooledCache(LayerShape shape, Index rows, Pages key_order, Pages value_order)
+      : AnyCacheOf<PagedView<typename K::Stored, typename V::Stored>>({}),
+        places_((rows + PagedTensor<K>::kPageSize - 1) / PagedTensor<K>::kPageSize),
+        stride_(key_order == Pages::one_head ? places_ : 0),
+        pages_((key_order == Pages::one_head ? shape.kv_heads : 1) * places_ * 7 + 1),  // not a multiple of 7
+        keys_(key_order, shape.kv_heads, pages_, shape.key_dim),
+        values_(value_order, shape.kv_heads, pages_, shape.value_dim),
+        rows_(static_cast<std::size_t>(shape.kv_heads), rows),
+        log_masses_(static_cast<std::size_t>(shape.kv_heads * rows)) {
+    for (Index i = 0; i < (stride_ == 0 ? 1 : shape.kv_heads) * places_; ++i) {
+      tables_.push_back(static_cast<PageId>((i * 7 * 7 + 3) % pages_));
+    }
+    for (Index i = 0; i < shape.kv_heads * rows; ++i) positions_.push_back(i % rows);
+    this->view_ = {.layer = shape,
+                   .page_size = PagedTensor<K>::kPageSize,
+                   .pages = pages_,
+                   .keys = keys_.units.data(),
+                   .key_strides = keys_.strides,
+                   .values = values_.units.data(),
+                   .value_strides = values_.strides,
+                   .tables = tables_,
+                   .table_stride = stride_,
+                   .rows = rows_,
+                   .positions = positions_,
+                   .position_stride = rows,
+                   .log_masses = log_masses_,
+                   .log_mass_stride = rows,
+                   .key_scales = keys_.scale_data(),
+                   .key_scale_strides = keys_.scale_strides,
+                   .value_scales = values_.scale_data(),
+                   .value_scale_strides = values_.scale_strides};
+    const Status checked = this->view_.check();
+    EXPECT_TRUE(checked.ok()) << checked.argument() << ": " << checked.detail();
+  }
+
+  [[nodiscard]] Bytes key_bytes(Index h, Index t) const override { return row_of(keys_, h, t); }
+  [[nodiscard]] Bytes value_bytes(Index h, Index t) const override { return row_of(values_, h, t); }
+  [[nodiscard]] double key_error(Index h, std::span<const float> row, std::size_t i) const override {
+    return K::error(row, i, keys_.head_scale(h));
+  }
+  [[nodiscard]] double value_error(Index h, std::span<const float> row, std::size_t i) const override {
+    return V::error(row, i, values_.head_scale(h));
+  }
+
+ private:
+  template <class Kind>
+  [[nodiscard]] Bytes row_of(const PagedTensor<Kind>& tensor, Index h, Index t) const {
+    const Index page = tables_[static_cast<std::size_t>(h * stride_ + t / tensor.kPageSize)];
+    return tensor.row(page, h, t % tensor.kPageSize);
+  }
+
+  Index places_, stride_, pages_;
+  PagedTensor<K> keys_;
+  PagedTensor<V> values_;
+  std::vector<PageId> tables_;
+  std::vector<Index> rows_;
+  std::vector<Position> positions_;
+  std::vector<float> log_masses_;
+};
+
+/// A cache that owns its memory and does not show it: the bits of what it reads as stand for the bytes of a row.
+template <class K, class V, class Cache>
+class OwnedCacheOf : public AnyCacheOf<Cache> {
+ public:
+  OwnedCacheOf(Cache empty, LayerShape shape, Index rows) : AnyCacheOf<Cache>(std::move(empty)) {
     const std::vector<float> zeros(static_cast<std::size_t>(std::max(shape.key_dim, shape.value_dim)));
     const Strides same{.head = 0, .token = 0, .dim = 1};
     const auto positions = positions_from(0, rows);
@@ -286,6 +403,32 @@ class OwnedCache final : public AnyCacheOf<RaggedCache<typename K::Stored, typen
   }
 };
 
+/// A RaggedCache.
+template <class K, class V>
+class OwnedCache final : public OwnedCacheOf<K, V, RaggedCache<typename K::Stored, typename V::Stored>> {
+ public:
+  using Cache = RaggedCache<typename K::Stored, typename V::Stored>;
+  OwnedCache(LayerShape shape, Index rows) : OwnedCacheOf<K, V, Cache>(Cache::create(shape).value(), shape, rows) {}
+};
+
+/// A pool, made before the cache over it.
+struct PoolOfOne {
+  PoolOfOne(std::size_t page_bytes, Index pages)
+      : pool(PagePool<>::create({.page_bytes = page_bytes, .pages_per_slab = pages, .max_slabs = 1}).value()) {}
+  PagePool<> pool;
+};
+
+/// A PagedCache over a pool of its own.
+template <class K, class V>
+class OwnedPages final : private PoolOfOne,
+                         public OwnedCacheOf<K, V, PagedCache<typename K::Stored, typename V::Stored>> {
+ public:
+  using Cache = PagedCache<typename K::Stored, typename V::Stored>;
+  OwnedPages(LayerShape shape, Index rows, PageTables tables)
+      : PoolOfOne(Cache::page_bytes(shape, {.tables = tables}).value(), shape.kv_heads * (rows / 16 + 1)),
+        OwnedCacheOf<K, V, Cache>(Cache::create(shape, this->pool, {.tables = tables}).value(), shape, rows) {}
+};
+
 /// How to make a cache of `rows` rows of zeros in every head, at positions 0, 1, ..., and what it ought to weigh.
 struct StorageCase {
   std::string name;
@@ -302,7 +445,16 @@ template <class K, class V, Layout KeyLayout, Layout ValueLayout>
           [](LayerShape shape) { return K::row_bytes(shape.key_dim) + V::row_bytes(shape.value_dim); }};
 }
 
-/// Every layout that the two kinds can have, and a RaggedCache (which has no scales for fp8).
+template <class K, class V, Pages KeyPages, Pages ValuePages>
+[[nodiscard]] StorageCase paged_case(const std::string& layout) {
+  return {K::name() + "_" + V::name() + "_" + layout,
+          [](LayerShape shape, Index rows) -> std::unique_ptr<AnyCache> {
+            return std::make_unique<PooledCache<K, V>>(shape, rows, KeyPages, ValuePages);
+          },
+          [](LayerShape shape) { return K::row_bytes(shape.key_dim) + V::row_bytes(shape.value_dim); }};
+}
+
+/// Every layout that the two kinds can have, and the caches that own their memory (which have no scales for fp8).
 template <class K, class V>
 void add_cases(std::vector<StorageCase>& cases) {
   constexpr bool key_blocks = kInBlocks<typename K::Stored>, value_blocks = kInBlocks<typename V::Stored>;
@@ -314,6 +466,12 @@ void add_cases(std::vector<StorageCase>& cases) {
   if constexpr (!key_blocks) {
     cases.push_back(strided_case<K, V, Layout::transposed, Layout::head_major>("transposedkeys"));
   }
+  cases.push_back(paged_case<K, V, Pages::token_major, Pages::token_major>("tokenmajorpages"));
+  cases.push_back(paged_case<K, V, Pages::head_major, Pages::head_major>("headmajorpages"));
+  cases.push_back(paged_case<K, V, Pages::one_head, Pages::one_head>("pagesofheads"));
+  if constexpr (!key_blocks) {
+    cases.push_back(paged_case<K, V, Pages::transposed, Pages::head_major>("transposedkeypages"));
+  }
   if constexpr (!(K::kScaled && !kRowScaled<typename K::Stored>)&&!(V::kScaled && !kRowScaled<typename V::Stored>)) {
     cases.push_back({K::name() + "_" + V::name() + "_ragged",
                      [](LayerShape shape, Index rows) -> std::unique_ptr<AnyCache> {
@@ -322,6 +480,12 @@ void add_cases(std::vector<StorageCase>& cases) {
                      [](LayerShape shape) {  // positions and log masses are memory of the cache
                        return K::row_bytes(shape.key_dim) + V::row_bytes(shape.value_dim) + 12;
                      }});
+    cases.push_back(
+        {K::name() + "_" + V::name() + "_ownedpages",
+         [](LayerShape shape, Index rows) -> std::unique_ptr<AnyCache> {
+           return std::make_unique<OwnedPages<K, V>>(shape, rows, PageTables::per_head);
+         },
+         [](LayerShape shape) { return K::row_bytes(shape.key_dim) + V::row_bytes(shape.value_dim) + 12; }});
   }
 }
 
