@@ -183,6 +183,17 @@ TYPED_TEST(Dlpack, HalvesAndBfloatsAreRead) {
   EXPECT_EQ(value(view.value(), 1, 0), (Floats{15, 16, 17, 18, 19}));
 }
 
+TYPED_TEST(Dlpack, Fp8IsReadAndItsScaleIsSetOnTheView) {
+  const Owned<TypeParam, Float8E4M3> keys({2, 3, 2}), values({2, 3, 2});
+  auto view = view_of_tensors<const Float8E4M3>(keys.tensor, {}, values.tensor, {}, this->rows);
+  ASSERT_TRUE(view.ok()) << view.status().detail();
+  EXPECT_EQ(key(view.value(), 1, 2), (Floats{10, 11}));
+  const float scale = 0.5f;
+  view->key_scales = &scale;
+  EXPECT_EQ(key(view.value(), 1, 2), (Floats{5, 5.5f}));
+  EXPECT_EQ(value(view.value(), 0, 1), (Floats{2, 3}));
+}
+
 TYPED_TEST(Dlpack, ViewsAreCompressedInTheTensorsMemory) {
   Owned<TypeParam, float> keys({2, 3, 4}), values({2, 3, 5});
   auto view = view_of_tensors<float>(keys.tensor, {}, values.tensor, {}, this->rows).value();
