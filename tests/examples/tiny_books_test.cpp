@@ -61,9 +61,11 @@ TEST_F(TinyBooks, PredictsABookThatItHasNotRead) {
 }
 
 TEST_F(TinyBooks, EmsKeepsNeedlesWhereStreamingLlmAndH2oLoseThem) {
-  auto found = needles({"full", "ems-window", "streaming-llm", "h2o"}, 256);
+  // An answer spans more bytes than it does tokens.
+  auto found = needles({"full", "ems@span-width=13", "ems-window@span-width=13", "streaming-llm", "h2o"}, 256);
   EXPECT_GE(found["full"], 7);
-  EXPECT_GE(found["ems-window"], 6);
+  EXPECT_GE(found["ems-window@span-width=13"], 6);
+  EXPECT_GE(found["ems@span-width=13"], 4) << "the whole prompt's evidence costs needles here: see docs/decisions.md";
   EXPECT_LE(found["streaming-llm"], 1);
   EXPECT_LE(found["h2o"], 2);
 }
