@@ -278,6 +278,13 @@ TEST(LlamaStateRefusals, CoverPositionsOfSeveralAxes) {
     }
     bytes.insert(bytes.end(), plain.begin() + kKinds, plain.end());
     expect_refused(bytes, s.model(), "cells", StatusCode::unsupported);
+    for (std::size_t n = kCells; n < kCells + 13 * (12 + extra);
+         ++n) {  // vectors of exact size: nothing beyond is read
+      const Bytes shorter(bytes.begin(), bytes.begin() + static_cast<Index>(n));
+      const Result<LlamaState> state = LlamaState::parse(shorter, s.model());
+      ASSERT_FALSE(state.ok());
+      EXPECT_EQ(state.status().argument(), n < kCells + 13 * 12 ? "cells" : "cell seq_id") << n << " bytes";
+    }
   }
 }
 
