@@ -18,6 +18,17 @@ namespace detail {
 template <class R>
 concept Consecutive = std::ranges::contiguous_range<R> && std::ranges::sized_range<R>;
 
+/// A view of a batch, and its rows: asked once, because views may look themselves over before they tell.
+struct RankedView {
+  Index rows = std::numeric_limits<Index>::max();
+  Index view = -1;  // as it is made, comes before all views
+
+  /// Longest first, ties by index.
+  friend bool operator<(const RankedView& a, const RankedView& b) noexcept {
+    return a.rows != b.rows ? a.rows > b.rows : a.view < b.view;
+  }
+};
+
 /// Which views of a batch are worked on together and which alone. See `compress_batch`.
 template <KVCacheView V>
 class BatchOrder {
@@ -32,21 +43,13 @@ class BatchOrder {
   [[nodiscard]] Index rows(Index i) const noexcept {
     return check_sizes(views_[at(i)]).ok() ? total_rows(views_[at(i)]) : 0;
   }
-  /// Longest first, ties by index.
-  [[nodiscard]] bool before(Index a, Index b) const noexcept {
-    const Index rows_a = rows(a), rows_b = rows(b);
-    return rows_a != rows_b ? rows_a > rows_b : a < b;
-  }
-  /// The view that comes after view i, or first of all when i is -1; -1 when there is none. O(views * H).
-  [[nodiscard]] Index next(Index i) const noexcept {
-    const Index rows_before = i < 0 ? std::numeric_limits<Index>::max() : rows(i);
-    Index best = -1, best_rows = -1;
-    for (Index j = 0; j < count(); ++j) {
-      const Index here = rows(j);
-      if ((here < rows_before || (here == rows_before && j > i)) && here > best_rows) {
-        best = j;
-        best_rows = here;
-      }
+  [[nodiscard]] RankedView ranked(Index i) const noexcept { return {rows(i), i}; }
+  /// The view that comes after `last`; no view (-1, of -1 rows) when there is none. O(views * H).
+  [[nodiscard]] RankedView next(RankedView last) const noexcept {
+    RankedView best{-1, -1};
+    for (Index i = 0; i < count(); ++i) {
+      const RankedView here = ranked(i);
+      if (last < here && here < best) best = here;
     }
     return best;
   }
@@ -77,17 +80,18 @@ class BatchOrder {
     if (workers_ <= 1) return 0;
     double left = 0.0, spread = 0.0, best_finish = 0.0;
     for (Index i = 0; i < count(); ++i) left += static_cast<double>(rows(i));
-    Index best = 0, view = next(-1);
+    Index best = 0;
+    RankedView view = next({});
     for (Index k = 0; k <= std::min(count(), workers_); ++k) {
       const Index rest = count() - k;
-      const double finish = spread + (rest > 0 ? alone_cost(static_cast<double>(rows(view)), left, rest) : 0.0);
+      const double finish = spread + (rest > 0 ? alone_cost(static_cast<double>(view.rows), left, rest) : 0.0);
       if (k == 0 || finish < best_finish) {
         best = k;
         best_finish = finish;
       }
       if (rest == 0 || spread >= best_finish) break;
-      spread += spread_cost(view);
-      left -= static_cast<double>(rows(view));
+      spread += spread_cost(view.view);
+      left -= static_cast<double>(view.rows);
       view = next(view);
     }
     return best;
@@ -101,7 +105,7 @@ class BatchOrder {
 /// Places the memory of a batch: one region that the views worked on together use one after the other, and that is
 /// then cut into one slice per worker. `slice` is 0 where no view is worked on alone.
 struct BatchMemory {
-  std::span<Index> order;  // [views]
+  std::span<RankedView> order;  // [views]
   Workspace region;
   std::size_t slice = 0;  // bytes
 
@@ -113,18 +117,18 @@ struct BatchMemory {
       const Result<std::size_t> bytes = method.workspace_bytes(views[at(i)], evidence[at(i)], concurrency);
       return bytes.ok() ? bytes.value() : 0;
     };
-    Index last = -1;  // of the views that are worked on together
+    RankedView last;  // of the views that are worked on together
     std::size_t together = 0, alone = 0;
     for (Index k = 0; k < order.together(); ++k) {
       last = order.next(last);
-      together = std::max(together, bytes_of(last, workers));
+      together = std::max(together, bytes_of(last.view, workers));
     }
     for (Index i = 0; i < count; ++i) {
-      if (last < 0 || order.before(last, i)) alone = std::max(alone, bytes_of(i, 1));
+      if (last < order.ranked(i)) alone = std::max(alone, bytes_of(i, 1));
     }
     const Index slices = std::min(workers, count - order.together());
     BatchMemory memory;
-    memory.order = arena.take<Index>(count);
+    memory.order = arena.take<RankedView>(count);
     memory.slice = alone;
     memory.region = arena.take_bytes(std::max(together, Arena::multiply(alone, static_cast<std::size_t>(slices))));
     return memory;
@@ -198,12 +202,12 @@ template <class Scorer, class Budget, class Reducer, detail::Consecutive Views, 
   const detail::BatchOrder<V> batch(all, workers);
   const auto memory = detail::BatchMemory::take(arena, compressor, batch, std::span<const V>(all), seen, workers);
   if (Status bad = detail::check(arena); !bad.ok()) return bad;
-  const std::span<Index> order = memory.order;
-  for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<Index>(i);
-  std::sort(order.begin(), order.end(), [&](Index a, Index b) { return batch.before(a, b); });
+  const std::span<detail::RankedView> order = memory.order;
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = batch.ranked(static_cast<Index>(i));
+  std::sort(order.begin(), order.end());
 
   const auto compress = [&](Index place, Workspace space, auto& with) noexcept {
-    const auto i = detail::at(order[detail::at(place)]);
+    const auto i = detail::at(order[detail::at(place)].view);
     results[i] = compressor.compress(all[i], seen[i], space, with);
   };
   for (Index place = 0; place < batch.together(); ++place) compress(place, memory.region, executor);

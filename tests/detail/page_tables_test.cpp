@@ -11,8 +11,6 @@
 namespace kvfold::detail {
 namespace {
 
-constexpr Index kHuge = std::numeric_limits<Index>::max();
-
 PageEntry repeated_in(const std::vector<std::vector<PageId>>& tables) {
   return find_repeated_page([&](auto f) {
     for (std::size_t h = 0; h < tables.size(); ++h) {
@@ -90,31 +88,6 @@ TEST(FindRepeatedPage, AgreesWithASetWhereverPagesLie) {
   }
   EXPECT_GT(repeats, 50);
   EXPECT_LT(repeats, 250);
-}
-
-using Axes = std::array<Axis, 4>;
-
-TEST(AxesNest, InAnyOrderAndWithGaps) {
-  EXPECT_TRUE(axes_nest(Axes{{{24, 10}, {8, 3}, {1, 8}, {240, 5}}}));
-  EXPECT_TRUE(axes_nest(Axes{{{1, 10}, {100, 3}, {10, 8}, {1000, 5}}}));
-  EXPECT_TRUE(axes_nest(Axes{{{0, 1}, {0, 1}, {0, 1}, {0, 1}}})) << "a single place";
-  EXPECT_TRUE(axes_nest(Axes{{{5, 2}, {0, 1}, {1, 5}, {100, 1}}}));
-}
-
-TEST(AxesNest, NotWherePlacesCoincide) {
-  EXPECT_FALSE(axes_nest(Axes{{{0, 2}, {8, 3}, {1, 8}, {240, 5}}}));
-  EXPECT_FALSE(axes_nest(Axes{{{7, 3}, {1, 8}, {0, 1}, {0, 1}}}));
-  EXPECT_FALSE(axes_nest(Axes{{{8, 3}, {8, 2}, {1, 8}, {0, 1}}}));
-}
-
-TEST(AxesFit, UpToTheLastByteThatCanBeCounted) {
-  constexpr Index most = std::numeric_limits<std::ptrdiff_t>::max() / 4 - 1;
-  EXPECT_TRUE(axes_fit(Axes{{{most, 2}, {0, 9}, {0, 1}, {0, 1}}}, 4));
-  EXPECT_FALSE(axes_fit(Axes{{{most + 1, 2}, {0, 9}, {0, 1}, {0, 1}}}, 4));
-  EXPECT_FALSE(axes_fit(Axes{{{most, 2}, {1, 2}, {0, 1}, {0, 1}}}, 4));
-  EXPECT_FALSE(axes_fit(Axes{{{kHuge, 3}, {kHuge, kHuge}, {0, 1}, {0, 1}}}, 1));
-  EXPECT_FALSE(axes_fit(Axes{{{-1, 3}, {1, 1}, {0, 1}, {0, 1}}}, 1));
-  EXPECT_FALSE(axes_fit(Axes{{{-1, 1}, {1, 1}, {0, 1}, {0, 1}}}, 1));
 }
 
 }  // namespace

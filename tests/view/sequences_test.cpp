@@ -378,28 +378,5 @@ TEST(PackedSequence, ABadMemberIsNamed) {
 
 // --- Sizes from outside ----------------------------------------------------------------------------------------
 
-TEST(Extents, ProductsThatDoNotFitAreMinusOne) {
-  EXPECT_EQ(detail::product({}), 1);
-  EXPECT_EQ(detail::product({3, 5, 7}), 105);
-  EXPECT_EQ(detail::product({INT64_MAX, 1}), INT64_MAX);
-  EXPECT_EQ(detail::product({INT64_MAX, INT64_MAX, 0}), 0);
-  EXPECT_EQ(detail::product({INT64_MAX / 2 + 1, 2}), -1);
-  EXPECT_EQ(detail::product({-1, 5}), -1);
-  EXPECT_EQ(detail::product({0, -1}), -1);
-}
-
-TEST(Extents, SpansReachFromTheFirstElementToTheLast) {
-  EXPECT_EQ(detail::spanned_elements({{3, 10}, {4, 2}}, 4), 2 * 10 + 3 * 2 + 1);
-  EXPECT_EQ(detail::spanned_elements({{1, INT64_MAX}}, 4), 1);
-  EXPECT_EQ(detail::spanned_elements({{5, 0}}, 4), 1);
-  EXPECT_EQ(detail::spanned_elements({{0, 1}}, 4), -1);
-  EXPECT_EQ(detail::spanned_elements({{2, -1}}, 4), -1);
-  EXPECT_EQ(detail::spanned_elements({{INT64_MAX / 4, 1}}, 4), INT64_MAX / 4);
-  EXPECT_EQ(detail::spanned_elements({{INT64_MAX / 4 + 1, 1}}, 4), -1);
-  EXPECT_EQ(detail::spanned_elements({{2, INT64_MAX}}, 1), -1);
-  EXPECT_EQ(detail::spanned_elements({{2, INT64_MAX / 2}, {2, INT64_MAX / 2}}, 1), INT64_MAX);
-  EXPECT_EQ(detail::spanned_elements({{2, INT64_MAX / 2}, {3, INT64_MAX / 2}}, 1), -1);
-}
-
 }  // namespace
 }  // namespace kvfold::test

@@ -1,5 +1,5 @@
 /// \file
-/// Rows that lie in pages: walking them, and checks that a page table and strides can be trusted.
+/// Rows that lie in pages: walking them, and finding pages that a table names twice.
 #pragma once
 
 #include <algorithm>
@@ -28,37 +28,6 @@ void for_pages(Index t, Index n, Index page_size, F f) noexcept {
     f((t + done) / page_size, token, done, count);
     done += count;
   }
-}
-
-/// One axis of a tensor: so many steps of so many elements.
-struct Axis {
-  Index stride = 0;
-  Index count = 0;
-};
-
-/// Whether no stride is negative and the furthest place can be counted in bytes.
-[[nodiscard]] inline bool axes_fit(const std::array<Axis, 4>& axes, std::size_t element_bytes) noexcept {
-  Index left = std::numeric_limits<std::ptrdiff_t>::max() / static_cast<Index>(element_bytes) - 1;
-  for (const Axis& axis : axes) {
-    if (axis.stride < 0) return false;
-    if (axis.count <= 1) continue;
-    if (axis.stride > left / (axis.count - 1)) return false;
-    left -= axis.stride * (axis.count - 1);
-  }
-  return true;
-}
-
-/// Whether axes that fit lie inside of one another, in any order and with gaps between them or without, so that no two
-/// places share an element.
-[[nodiscard]] inline bool axes_nest(std::array<Axis, 4> axes) noexcept {
-  std::sort(axes.begin(), axes.end(), [](const Axis& a, const Axis& b) { return a.stride < b.stride; });
-  Index extent = 1;  // elements that the axes so far span
-  for (const Axis& axis : axes) {
-    if (axis.count <= 1) continue;
-    if (axis.stride < extent) return false;
-    extent += axis.stride * (axis.count - 1);
-  }
-  return true;
 }
 
 /// An entry of a page table: the `place`-th page of `head`.

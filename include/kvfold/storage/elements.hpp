@@ -65,6 +65,14 @@ struct Float8E4M3 {
 
 [[nodiscard]] constexpr float to_float(float x) noexcept { return x; }
 
+namespace detail {
+/// x / 2^shift to the nearest integer, ties to even; shift is in [1, 31], and x + 2^(shift - 1) fits.
+[[nodiscard]] constexpr std::uint32_t shift_to_nearest_even(std::uint32_t x, std::uint32_t shift) noexcept {
+  const std::uint32_t below_half = (1u << (shift - 1u)) - 1u;
+  return (x + below_half + (x >> shift & 1u)) >> shift;
+}
+}  // namespace detail
+
 template <class Element>
 Element from_float(float x) noexcept = delete;
 
@@ -86,14 +94,9 @@ template <>
     if (magnitude < 0x33000000u) return half(0);       // below 2^-25
     const std::uint32_t exponent = magnitude >> 23;
     const std::uint32_t mantissa = (magnitude & 0x7fffffu) | 0x800000u;
-    const std::uint32_t shift = 126u - exponent;  // 14 .. 24
-    const std::uint32_t kept = mantissa >> shift;
-    const std::uint32_t rest = mantissa & ((1u << shift) - 1u);
-    const std::uint32_t middle = 1u << (shift - 1u);
-    return half(kept + (rest > middle || (rest == middle && (kept & 1u) != 0) ? 1u : 0u));
+    return half(detail::shift_to_nearest_even(mantissa, 126u - exponent));  // by 14 .. 24
   }
-  const std::uint32_t rebased = magnitude - (112u << 23);
-  return half((rebased + 0xfffu + (rebased >> 13 & 1u)) >> 13);
+  return half(detail::shift_to_nearest_even(magnitude - (112u << 23), 13));
 }
 
 /// Rounds to nearest, ties to even; NaN stays NaN.
@@ -101,7 +104,7 @@ template <>
 [[nodiscard]] constexpr BFloat16 from_float<BFloat16>(float x) noexcept {
   const auto bits = std::bit_cast<std::uint32_t>(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>(bits >> 16 | 0x40u)};
-  return {static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+  return {static_cast<std::uint16_t>(detail::shift_to_nearest_even(bits, 16))};
 }
 
 /// Rounds to nearest, ties to even; what is too large, infinities included, becomes +-448; NaN stays NaN.
@@ -116,14 +119,9 @@ template <>
   if (magnitude < 0x3c800000u) {                       // below 2^-6: subnormal or zero
     if (magnitude < 0x3a800000u) return eighth(0);     // below 2^-10
     const std::uint32_t mantissa = (magnitude & 0x7fffffu) | 0x800000u;
-    const std::uint32_t shift = 141u - (magnitude >> 23);  // 21 .. 24
-    const std::uint32_t kept = mantissa >> shift;
-    const std::uint32_t rest = mantissa & ((1u << shift) - 1u);
-    const std::uint32_t middle = 1u << (shift - 1u);
-    return eighth(kept + (rest > middle || (rest == middle && (kept & 1u) != 0) ? 1u : 0u));
+    return eighth(detail::shift_to_nearest_even(mantissa, 141u - (magnitude >> 23)));  // by 21 .. 24
   }
-  const std::uint32_t rebased = magnitude - (120u << 23);
-  return eighth((rebased + 0x7ffffu + (rebased >> 20 & 1u)) >> 20);
+  return eighth(detail::shift_to_nearest_even(magnitude - (120u << 23), 20));
 }
 
 /// A type of number that converts to and from fp32 by itself.

@@ -163,9 +163,7 @@ inline void store_block(const float* in, BlockQ4_0& block) noexcept {
   if (!(most <= std::numeric_limits<float>::max())) return most;
   const float scale = most / 127.f;
   if (scale < 0x1p-100f) return 0.f;
-  auto bits = std::bit_cast<std::uint32_t>(scale);
-  bits += 0x3fu + (bits >> 7 & 1u);
-  return std::bit_cast<float>(bits & ~0x7fu);
+  return std::bit_cast<float>(detail::shift_to_nearest_even(std::bit_cast<std::uint32_t>(scale), 7) << 7);
 }
 
 /// x / scale to the nearest integer, ties away from zero, in [-127, 127]; 0 where the scale is 0 or not finite.

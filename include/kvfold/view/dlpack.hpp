@@ -199,8 +199,7 @@ class TensorReader {
   }
 
   [[nodiscard]] Result<E*> find_data(const Layout& layout) const noexcept {
-    const auto& l = layout;
-    const Index elements = spanned_elements({l[0], l[1], l[2], l[3], l[4], l[5], l[6], l[7]}, sizeof(E));
+    const Index elements = spanned_elements(layout, sizeof(E));
     const auto address = reinterpret_cast<std::uintptr_t>(static_cast<const void*>(tensor_.data));
     const std::uintptr_t room = std::numeric_limits<std::uintptr_t>::max() - address;  // bytes above the address
     const std::uint64_t offset = tensor_.byte_offset;

@@ -6,6 +6,7 @@
 #include <span>
 #include <type_traits>
 
+#include "kvfold/detail/extent.hpp"
 #include "kvfold/detail/page_tables.hpp"
 #include "kvfold/detail/row_codec.hpp"
 #include "kvfold/view/concepts.hpp"
@@ -273,7 +274,7 @@ struct PagedView {
     }
     if (!kMayBeScaled<Unit>) return {invalid_argument, name, "rows of this type have no scale"};
     const PageStrides& s = x.scale_strides;
-    if (!detail::axes_fit(axes(s, 1), sizeof(float))) {
+    if (detail::spanned_elements(axes(s, 1), sizeof(float)) < 0) {
       return {invalid_argument, name, "strides are negative or larger than memory"};
     }
     if (std::is_const_v<E>) return {};
@@ -285,11 +286,11 @@ struct PagedView {
   }
   /// Pages of one head need no stride from head to head: their tables tell heads apart.
   [[nodiscard]] bool nests(const PageStrides& s, Index units, std::size_t unit_bytes) const noexcept {
-    return detail::axes_fit(axes(s, units), unit_bytes) && detail::axes_nest(axes(s, units));
+    return detail::spanned_elements(axes(s, units), unit_bytes) >= 0 && detail::extents_nest(axes(s, units));
   }
-  [[nodiscard]] std::array<detail::Axis, 4> axes(const PageStrides& s, Index units) const noexcept {
+  [[nodiscard]] std::array<detail::Extent, 4> axes(const PageStrides& s, Index units) const noexcept {
     const bool one_head = table_stride != 0 && s.head == 0;
-    return {{{s.page, pages}, {s.head, one_head ? 1 : layer.kv_heads}, {s.token, page_size}, {s.dim, units}}};
+    return {{{pages, s.page}, {one_head ? 1 : layer.kv_heads, s.head}, {page_size, s.token}, {units, s.dim}}};
   }
 
   [[nodiscard]] Status check_table(Index h) const noexcept {
