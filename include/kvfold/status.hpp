@@ -19,6 +19,7 @@ enum class StatusCode : unsigned char {
   unsupported,          ///< the view or the evidence lacks something that the chosen options need
   workspace_too_small,  ///< the workspace holds fewer bytes than `workspace_bytes` asks for
   out_of_memory,        ///< an owning container could not allocate
+  engine_failed,        ///< the engine did not do what an adaptor asked of it
 };
 
 [[nodiscard]] constexpr std::string_view to_string(StatusCode code) noexcept {
@@ -30,6 +31,7 @@ enum class StatusCode : unsigned char {
     case StatusCode::unsupported: return "unsupported";
     case StatusCode::workspace_too_small: return "workspace too small";
     case StatusCode::out_of_memory: return "out of memory";
+    case StatusCode::engine_failed: return "engine failed";
   }
   return "unknown";
 }
@@ -78,6 +80,8 @@ class [[nodiscard]] Result {
     KVFOLD_ASSERT(ok());
     return std::move(*value_);
   }
+  [[nodiscard]] T& operator*() & noexcept { return value(); }
+  [[nodiscard]] const T& operator*() const& noexcept { return value(); }
   [[nodiscard]] T* operator->() noexcept { return &value(); }
   [[nodiscard]] const T* operator->() const noexcept { return &value(); }
 

@@ -1,4 +1,4 @@
-"""What the SmolLM2 tools share: the cache, private virtual environments, progress and atomic files.
+"""What the tools share that take models and programs from PyPI: the cache, private virtual environments, progress and atomic files.
 
 Standard library only: this runs before any package is installed.
 """
