@@ -4,18 +4,20 @@
 /// The document is the beginning of the user's message. It is read once, its cache is compressed once, and each question is
 /// asked from there. With --aware, each question is read before the compression, which then knows what to keep.
 
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <map>
-#include <sstream>
+#include <string>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
 
 #include "llama/chat_prompt.hpp"
 #include "llama/chat_session.hpp"
+#include "llama/utf8.hpp"
 
 namespace {
 
@@ -60,7 +62,7 @@ Compress method_of(const std::string& name, Index rows) {
   return llama_chat::compress_by(StreamingLlm({.budget = {.rows = rows}}));
 }
 
-/// At most so many bytes of a file, whole characters. O(most), whatever the file's size.
+/// At most so many bytes of a file, up to the end of a character. O(most), whatever the file's size.
 std::string read_text(const std::filesystem::path& file, std::size_t offset, std::size_t most) {
   std::ifstream in(file, std::ios::binary);
   if (!in.seekg(static_cast<std::streamoff>(offset))) throw std::runtime_error(file.string() + ": cannot be read");
@@ -68,7 +70,6 @@ std::string read_text(const std::filesystem::path& file, std::size_t offset, std
   in.read(text.data(), static_cast<std::streamsize>(most));
   text.resize(static_cast<std::size_t>(in.gcount()));
   text.resize(text.size() - llama_chat::unfinished_utf8(text));
-  text.erase(0, offset > 0 ? llama_chat::continued_utf8(text) : 0);
   return text;
 }
 
@@ -81,6 +82,10 @@ llama_model_ptr load_model(const std::filesystem::path& file, const llama_chat::
   return model;
 }
 
+struct ContextFull : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 class Chat {
  public:
   explicit Chat(const Settings& settings)
@@ -92,15 +97,13 @@ class Chat {
 
   void run() {
     read_document();
+    if (settings_.aware || settings_.compare) full_ = session_.save();
     if (!method_) {
       print_full_cache();
     } else if (!settings_.aware) {
-      if (settings_.compare) full_ = session_.save();
       compress(read_seconds_);
-      if (settings_.compare) compressed_ = session_.save();
-    } else {
-      full_ = session_.save();
     }
+    if (settings_.compare && !settings_.aware) compressed_ = session_.save();
     for (const std::string& question : settings_.questions) {
       std::printf("\n> %s\n", question.c_str());
       ask(question);
@@ -155,23 +158,29 @@ class Chat {
                                " tokens of question and answer");
     }
     const std::size_t room = session_.all_cells() - around;
-    constexpr std::size_t kLongestToken = 64;  // Bytes, in the mean of a text; a longer document is not looked at.
-    const std::string text = read_text(settings_.document, settings_.offset, room * kLongestToken);
+    constexpr std::size_t kBytesPerToken = 64;  // More than any text has. What lies beyond cannot fit.
+    std::string text = read_text(settings_.document, settings_.offset, room * kBytesPerToken);
+    const std::size_t begin = settings_.offset + (settings_.offset > 0 ? llama_chat::continued_utf8(text) : 0);
+    text.erase(0, begin - settings_.offset);
     if (text.find_first_not_of(" \t\r\n") == std::string::npos) {
       throw std::runtime_error(settings_.document.string() + ": no text there");
     }
     Tokens document = session_.tokens_of(text, Markup::none);
-    document.resize(std::min(document.size(), room));
-    std::size_t bytes = 0;
-    for (const llama_token token : document) bytes += session_.text_of(token).size();
+    std::size_t bytes = text.size();
+    if (document.size() > room) {
+      document.resize(room);
+      bytes = 0;
+      for (const llama_token token : document) bytes += session_.text_of(token).size();
+    }
 
     tokens.insert(tokens.end(), document.begin(), document.end());
     tokens.insert(tokens.end(), end.begin(), end.end());
     read_seconds_ = seconds_to_read(tokens);
     start_ = session_.next_position();
-    std::printf("Read %zu tokens in %.1f s: %zu bytes of %s, which has %zu.\n", tokens.size(), read_seconds_, bytes,
-                settings_.document.filename().c_str(),
-                static_cast<std::size_t>(std::filesystem::file_size(settings_.document)));
+    const auto size = static_cast<std::size_t>(std::filesystem::file_size(settings_.document));
+    std::printf("Read %zu tokens in %.1f s, %s: bytes %zu to %zu of %zu, %s\n", tokens.size(), read_seconds_,
+                settings_.document.filename().c_str(), begin, begin + bytes, size,
+                begin + bytes < size ? "as much as fits" : "to its end");
   }
 
   double seconds_to_read(std::span<const llama_token> tokens) {
@@ -213,19 +222,19 @@ class Chat {
     const std::size_t turn = tokens.size() + static_cast<std::size_t>(settings_.max_answer);
     if (turn + session_.cells() > session_.all_cells() ||
         turn + static_cast<std::size_t>(session_.next_position()) > trained_length()) {
-      throw std::runtime_error("the context is full: no room for another " + std::to_string(turn) +
-                               " tokens of question and answer");
+      throw ContextFull("the context is full: no room for another " + std::to_string(turn) +
+                        " tokens of question and answer");
     }
     if (settings_.aware) {
       ask_aware(tokens);
       return;
     }
-    if (full_) {
+    if (settings_.compare) {
       session_.restore(*full_);
       answer(tokens, "full cache: ");
       session_.restore(*compressed_);
     }
-    answer(tokens, full_ ? "compressed: " : "");
+    answer(tokens, settings_.compare ? "compressed: " : "");
     if (!settings_.conversation) session_.take_back(start_);
   }
 
@@ -272,7 +281,12 @@ class Chat {
       std::fflush(stdout);
       if (!std::getline(std::cin, line) || line.find_first_not_of(" \t\r") == std::string::npos) break;
       if (!terminal) std::puts(line.c_str());
-      ask(line);
+      try {
+        ask(line);
+      } catch (const ContextFull& full) {
+        if (settings_.conversation) throw;
+        std::puts(full.what());  // A shorter question may fit.
+      }
     }
     std::puts("");
   }
@@ -351,6 +365,9 @@ int main(int argc, char** argv) {
   try {
     add_options(app, settings);
     app.parse(argc, argv);
+    if (settings.method == "full" && (settings.aware || settings.compare)) {
+      throw std::runtime_error("--method full compresses nothing: there is no --aware and no --compare");
+    }
     Chat(settings).run();
     return 0;
   } catch (const CLI::CallForHelp& help) {

@@ -2,12 +2,10 @@
 /// The text around a document and a question, as the model's chat template wants it.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <llama.h>
 #include <string>
-#include <string_view>
 
 namespace llama_chat {
 
@@ -46,26 +44,6 @@ inline ChatTemplate chat_template_of(const llama_model* model) {
     from = mark + std::string(kMarks[i]).size();
   }
   return {before[0], before[1], before[2]};
-}
-
-/// Bytes at the end of a text that begin a UTF-8 character without ending it, 0 to 3.
-inline std::size_t unfinished_utf8(std::string_view text) {
-  for (std::size_t back = 1; back <= std::min<std::size_t>(3, text.size()); ++back) {
-    const auto byte = static_cast<unsigned char>(text[text.size() - back]);
-    if ((byte & 0xC0U) == 0x80U) continue;  // Not the first of its character.
-    const std::size_t length = byte >= 0xF0 ? 4 : byte >= 0xE0 ? 3 : byte >= 0xC0 ? 2 : 1;
-    return length > back ? back : 0;
-  }
-  return 0;
-}
-
-/// Bytes at the beginning of a text that belong to a character which began before, 0 to 3.
-inline std::size_t continued_utf8(std::string_view text) {
-  std::size_t bytes = 0;
-  while (bytes < std::min<std::size_t>(3, text.size()) && (static_cast<unsigned char>(text[bytes]) & 0xC0U) == 0x80U) {
-    ++bytes;
-  }
-  return bytes;
 }
 
 }  // namespace llama_chat
