@@ -1,6 +1,7 @@
 /// \file
 /// Carrying a plan out: kept rows move to the front, merged ones are written.
 
+#include "support/main.hpp"
 #include "support/pipeline.hpp"
 
 namespace kvfold::bench {

@@ -1,6 +1,7 @@
 /// \file
 /// Budgets that follow the heads.
 
+#include "support/main.hpp"
 #include "support/pipeline.hpp"
 
 namespace kvfold::bench {

@@ -1,6 +1,7 @@
 /// \file
 /// Classes of the candidates: the similarities between candidates and centres.
 
+#include "support/main.hpp"
 #include "support/pipeline.hpp"
 
 namespace kvfold::bench {

@@ -3,6 +3,7 @@
 
 #include <kvfold/detail/linalg.hpp>
 
+#include "support/main.hpp"
 #include "support/pipeline.hpp"
 
 namespace kvfold::bench {

@@ -1,6 +1,7 @@
 /// \file
 /// Compressing a layer from window evidence: score, budget, tiers, classes, merge, apply; and what share each stage has.
 
+#include "support/main.hpp"
 #include "support/pipeline.hpp"
 
 namespace kvfold::bench {

@@ -1,6 +1,7 @@
 /// \file
 /// Merging the classes into their centres. It is timed together with the tiers, which are timed again and subtracted.
 
+#include "support/main.hpp"
 #include "support/pipeline.hpp"
 
 namespace kvfold::bench {

@@ -1,8 +1,7 @@
 /// \file
 /// Scores from all queries of a prompt: exact, exact with log-sum-exps that the engine has, and every 16th query.
 
-#include <kvfold/attend.hpp>
-
+#include "support/main.hpp"
 #include "support/pipeline.hpp"
 
 namespace kvfold::bench {
@@ -11,20 +10,6 @@ namespace {
 
 enum class Kind { exact, given_sums, sampled };
 constexpr Index kStride = 16;  // s
-
-/// The log-sum-exps of all queries, as an engine's attention would leave them.
-void fill_log_sum_exps(Pipeline<Float16>& p) {
-  const LayerShape& shape = p.layer.shape();
-  const auto count = static_cast<Index>(p.evidence.positions.size());
-  p.evidence.log_sum_exp.clear();
-  std::vector<float> sums(at(shape.query_heads() * count)), out(sums.size() * at(shape.value_dim));
-  WorkspaceBuffer buffer;
-  require(buffer.reserve(attend_workspace_bytes(shape, p.pool.concurrency())), "workspace");
-  require(attend(p.layer.view(), p.evidence.view(), {out.data(), count * shape.value_dim, shape.value_dim, sums},
-                 buffer.get(), p.pool),
-          "attend");
-  p.evidence.log_sum_exp = sums;
-}
 
 GlobalLocalScorer::Options options(Kind kind) {
   return {.window = kWindow, .query_stride = kind == Kind::sampled ? kStride : 1};

@@ -1,6 +1,7 @@
 /// \file
 /// Scores from the last W queries, by model, length and number of threads.
 
+#include "support/main.hpp"
 #include "support/pipeline.hpp"
 
 namespace kvfold::bench {

@@ -1,6 +1,7 @@
 /// \file
 /// Kept rows and candidates of every head.
 
+#include "support/main.hpp"
 #include "support/pipeline.hpp"
 
 namespace kvfold::bench {

@@ -1,6 +1,6 @@
 /// \file
-/// How every benchmark is run: the stage and its floor in turn, medians of what they took, heap calls counted; and `main`.
-/// A program defines `register_benchmarks`, and includes this file in one source file only (see heap_calls.hpp).
+/// How every benchmark is run: the stage and its floor in turn, medians of what they took, heap calls counted.
+/// To be included by one source file of a program (see heap_calls.hpp).
 #pragma once
 
 #include <functional>
@@ -21,9 +21,6 @@ struct Settings {
   double min_seconds = 1.0;  ///< of a stage, all repetitions together
   Index min_repeats = 7, max_repeats = 200;
 };
-
-/// Registers the benchmarks of the program.
-void register_benchmarks(const Settings& settings);
 
 inline bool any_failed = false;
 
@@ -132,22 +129,3 @@ void add(const std::string& name, F make) {
 }
 
 }  // namespace kvfold::bench
-
-int main(int argc, char** argv) {
-  kvfold::bench::Settings settings;
-  std::vector<char*> rest;
-  for (int i = 0; i < argc; ++i) {
-    if (std::string_view(argv[i]) == "--quick") {
-      settings.quick = true;
-    } else {
-      rest.push_back(argv[i]);
-    }
-  }
-  auto count = static_cast<int>(rest.size());
-  kvfold::bench::register_benchmarks(settings);
-  benchmark::Initialize(&count, rest.data());
-  if (benchmark::ReportUnrecognizedArguments(count, rest.data())) return 2;
-  benchmark::RunSpecifiedBenchmarks();
-  benchmark::Shutdown();
-  return kvfold::bench::any_failed ? 1 : 0;
-}

@@ -2,6 +2,7 @@
 /// EMS taken apart: every stage can be run and timed alone, on what the stages before it have made.
 #pragma once
 
+#include <kvfold/attend.hpp>
 #include <kvfold/compressor.hpp>
 #include <kvfold/exec/thread_pool.hpp>
 
@@ -242,5 +243,20 @@ class Pipeline {
   std::vector<Index> centre_offset_;
   WorkspaceBuffer score_space_, budget_space_, tier_space_, class_space_, merge_space_, whole_space_;
 };
+
+/// The log-sum-exps of all queries, as an engine's attention would leave them.
+template <Stored E>
+void fill_log_sum_exps(Pipeline<E>& p) {
+  const LayerShape& shape = p.layer.shape();
+  const auto count = static_cast<Index>(p.evidence.positions.size());
+  p.evidence.log_sum_exp.clear();
+  std::vector<float> sums(at(shape.query_heads() * count)), out(sums.size() * at(shape.value_dim));
+  WorkspaceBuffer buffer;
+  require(buffer.reserve(attend_workspace_bytes(shape, p.pool.concurrency())), "workspace");
+  require(attend(p.layer.view(), p.evidence.view(), {out.data(), count * shape.value_dim, shape.value_dim, sums},
+                 buffer.get(), p.pool),
+          "attend");
+  p.evidence.log_sum_exp = sums;
+}
 
 }  // namespace kvfold::bench
