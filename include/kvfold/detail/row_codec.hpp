@@ -48,7 +48,7 @@ void load_units(const E* from, Index units, float* to) noexcept {
   if constexpr (Element<E>) {
     load_floats(from, units, to);
   } else if constexpr (kUnit<E> == 1) {
-    for (Index i = 0; i < units; ++i) to[i] = static_cast<float>(from[i].value);
+    load_scaled(from, units, 1.f, to);
   } else {
     for (Index i = 0; i < units; ++i) load_block(from[i], to + i * kUnit<E>);
   }
@@ -77,8 +77,12 @@ void read_rows(const E* rows, Index token_stride, Index dim_stride, Index n, Ind
     const Index units = row_units<E>(width);
     if (token_stride == units && !scaled) return load_units(rows, n * units, out);
     for (Index i = 0; i < n; ++i) {
-      load_units(rows + i * token_stride, units, out + i * width);
-      if (scaled) scale_row(i);
+      if constexpr (kRowScaled<E>) {
+        load_scaled(rows + i * token_stride, units, scaled ? scales[i * scale_stride] : 1.f, out + i * width);
+      } else {
+        load_units(rows + i * token_stride, units, out + i * width);
+        if (scaled) scale_row(i);
+      }
     }
     return;
   }

@@ -8,11 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kvfold/detail/wide_loads.hpp"
 #include "kvfold/types.hpp"
-
-#if defined(__F16C__) && defined(__AVX__)
-#include <immintrin.h>
-#endif
 
 namespace kvfold {
 
@@ -35,16 +32,26 @@ struct Float8E4M3 {
   friend constexpr bool operator==(Float8E4M3, Float8E4M3) = default;
 };
 
+namespace detail {
+/// `yes` or `no`, chosen by masks: compilers turn `?:` into branches here, and loops of branches are not vectorised.
+[[nodiscard]] constexpr std::uint32_t select(bool condition, std::uint32_t yes, std::uint32_t no) noexcept {
+  const std::uint32_t mask = 0u - static_cast<std::uint32_t>(condition);
+  return (yes & mask) | (no & ~mask);
+}
+/// The bits of a small number times a power of two.
+[[nodiscard]] constexpr std::uint32_t scaled_bits(std::uint32_t number, float power) noexcept {
+  return std::bit_cast<std::uint32_t>(static_cast<float>(static_cast<std::int32_t>(number)) * power);
+}
+}  // namespace detail
+
 /// Exact for every input, NaN payloads included. Independent of the FTZ and DAZ modes of the thread.
 [[nodiscard]] constexpr float to_float(Float16 x) noexcept {
   const std::uint32_t sign = std::uint32_t{x.bits & 0x8000u} << 16;
   const std::uint32_t magnitude = x.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  if (magnitude < 0x400u) {  // zero and subnormals: an integer multiple of 2^-24
-    const float value = static_cast<float>(magnitude) * 0x1p-24f;
-    return std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) | sign);
-  }
-  return std::bit_cast<float>(sign | ((magnitude << 13) + (112u << 23)));
+  // The exponent's bias changes by 112, that of infinity and NaN by twice as much.
+  const std::uint32_t number = (magnitude << 13) + detail::select(magnitude >= 0x7c00u, 224u << 23, 112u << 23);
+  const std::uint32_t small = detail::scaled_bits(magnitude, 0x1p-24f);  // zero and subnormals
+  return std::bit_cast<float>(sign | detail::select(magnitude < 0x400u, small, number));
 }
 
 [[nodiscard]] constexpr float to_float(BFloat16 x) noexcept {
@@ -143,28 +150,21 @@ template <Element T>
 void load_floats(const T* from, Index n, float* to) noexcept {
   if constexpr (std::same_as<T, float>) {
     if (n > 0) std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(float));
+  } else if constexpr (std::same_as<T, Float8E4M3>) {
+    for (Index i = detail::load_wide_f8(from, n, to); i < n; ++i) to[i] = detail::kFloat8E4M3Values[from[i].bits];
+  } else if constexpr (std::same_as<T, Float16>) {
+    for (Index i = detail::load_wide_f16(from, n, to); i < n; ++i) to[i] = to_float(from[i]);
   } else {
-    Index i = 0;
-#if defined(__F16C__) && defined(__AVX__)
-    if constexpr (std::same_as<T, Float16>) {
-      for (const Index whole = n - n % 8; i < whole; i += 8) {
-        const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(packed));
-      }
-    }
-#endif
-    if constexpr (std::same_as<T, Float8E4M3>) {
-      for (; i < n; ++i) to[i] = detail::kFloat8E4M3Values[from[i].bits];
-    } else {
-      for (; i < n; ++i) to[i] = to_float(from[i]);
-    }
+    for (Index i = 0; i < n; ++i) to[i] = to_float(from[i]);
   }
 }
 
 /// Converts n floats, rounding to nearest even. `from` and `to` must not overlap.
 template <Element T>
 void store_floats(const float* from, Index n, T* to) noexcept {
-  for (Index i = 0; i < n; ++i) to[i] = from_float<T>(from[i]);
+  Index i = 0;
+  if constexpr (std::same_as<T, Float16>) i = detail::store_wide_f16(from, n, to);
+  for (; i < n; ++i) to[i] = from_float<T>(from[i]);
 }
 
 }  // namespace kvfold

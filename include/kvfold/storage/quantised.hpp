@@ -10,6 +10,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "kvfold/detail/wide_loads.hpp"
 #include "kvfold/storage/elements.hpp"
 #include "kvfold/types.hpp"
 
@@ -87,6 +88,12 @@ namespace detail {
   return std::bit_cast<double>(bits & ~std::uint64_t{0x1fffffffu});
 }
 
+/// A block's scale, to be multiplied with.
+[[nodiscard]] inline float factor_of(Float16 scale) noexcept {
+  if constexpr (kHasWideLoads) return wide_f16(scale.bits);
+  return to_float(scale);
+}
+
 /// 1 / scale, or 0 where that is not finite.
 [[nodiscard]] constexpr float reciprocal(float scale) noexcept {
   const float inverse = scale != 0.f ? 1.f / scale : 0.f;
@@ -95,16 +102,24 @@ namespace detail {
 
 }  // namespace detail
 
+/// n numbers times their row's scale.
+inline void load_scaled(const Int8* from, Index n, float scale, float* to) noexcept {
+  for (Index i = detail::load_wide_i8(from, n, scale, to); i < n; ++i)
+    to[i] = static_cast<float>(from[i].value) * scale;
+}
+
 /// Writes the 32 numbers of a block to `out`. Exact.
 inline void load_block(const BlockQ8_0& block, float* out) noexcept {
-  const float scale = to_float(block.scale);
+  const float scale = detail::factor_of(block.scale);
+  if (detail::load_wide_i8(block.values.data(), kBlockSize, scale, out) != 0) return;
   const auto values = block.values;  // bytes may alias `out`: a copy lets compilers vectorise
   for (std::size_t i = 0; i < values.size(); ++i) out[i] = scale * static_cast<float>(values[i]);
 }
 
 /// Writes the 32 numbers of a block to `out`. Exact.
 inline void load_block(const BlockQ4_0& block, float* out) noexcept {
-  const float scale = to_float(block.scale);
+  const float scale = detail::factor_of(block.scale);
+  if (detail::load_wide_i4(block.pairs.data(), kBlockSize, scale, out) != 0) return;
   const auto pairs = block.pairs;  // as above
   constexpr std::size_t half = kBlockSize / 2;
   for (std::size_t i = 0; i < half; ++i) {

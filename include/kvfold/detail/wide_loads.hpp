@@ -1,0 +1,112 @@
+/// \file
+/// Conversions of stored numbers with the processor's own instructions, where the target has them (AVX2 and F16C): the
+/// only explicit SIMD of the library. Each does as many numbers as fit, and \returns how many; the caller does the others,
+/// all of them on other targets. Results are those of the portable loops, bit for bit, but that NaNs which signal in
+/// fp16 come out quiet.
+///
+/// Compilers do not vectorise these loops, or not reliably. Measured on 16 K numbers in cache, 10^9 of them per second,
+/// g++ 12 -O3 -march=x86-64-v3, portable loops and these: fp16 2.7 and 28, fp8 4.8 and 12, int8 22 and 31, q8_0 3 and 21,
+/// q4_0 2 and 17.
+#pragma once
+
+#include <cstdint>
+
+#include "kvfold/types.hpp"
+
+#if defined(__AVX2__) && defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace kvfold::detail {
+
+#if defined(__AVX2__) && defined(__F16C__)
+
+inline constexpr bool kHasWideLoads = true;
+
+/// 16 bytes from any address.
+[[nodiscard]] inline __m128i load_16_bytes(const void* from) noexcept {
+  return _mm_loadu_si128(static_cast<const __m128i*>(from));
+}
+
+/// 16 signed bytes as floats, times a scale.
+inline void widen_16_bytes(__m128i bytes, __m256 scale, float* to) noexcept {
+  const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  const __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)));
+  _mm256_storeu_ps(to, _mm256_mul_ps(low, scale));
+  _mm256_storeu_ps(to + 8, _mm256_mul_ps(high, scale));
+}
+
+inline Index load_wide_f16(const void* from, Index n, float* to) noexcept {
+  const auto* bytes = static_cast<const unsigned char*>(from);
+  const Index whole = n - n % 8;
+  for (Index i = 0; i < whole; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(load_16_bytes(bytes + 2 * i)));
+  return whole;
+}
+
+/// Rounds to nearest even, whatever the mode of the thread.
+inline Index store_wide_f16(const float* from, Index n, void* to) noexcept {
+  auto* bytes = static_cast<unsigned char*>(to);
+  const Index whole = n - n % 8;
+  for (Index i = 0; i < whole; i += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + 2 * i), halves);
+  }
+  return whole;
+}
+
+/// fp8 e4m3 by way of fp16: a code's bits, moved by 7, are those of the fp16 number 2^-8 times as large.
+inline Index load_wide_f8(const void* from, Index n, float* to) noexcept {
+  const auto* bytes = static_cast<const unsigned char*>(from);
+  const __m256i magnitude_mask = _mm256_set1_epi16(0x7f), sign_mask = _mm256_set1_epi16(-0x8000);
+  const __m256i moved_nan_to_nan = _mm256_set1_epi16((0x7f << 7) ^ 0x7e00);
+  const __m256 scale = _mm256_set1_ps(0x1p8f);
+  const Index whole = n - n % 16;
+  for (Index i = 0; i < whole; i += 16) {
+    const __m256i codes = _mm256_cvtepu8_epi16(load_16_bytes(bytes + i));
+    const __m256i magnitudes = _mm256_and_si256(codes, magnitude_mask);
+    const __m256i is_nan = _mm256_cmpeq_epi16(magnitudes, magnitude_mask);
+    const __m256i signs = _mm256_and_si256(_mm256_slli_epi16(codes, 8), sign_mask);
+    const __m256i numbers = _mm256_or_si256(signs, _mm256_slli_epi16(magnitudes, 7));
+    const __m256i halves = _mm256_xor_si256(numbers, _mm256_and_si256(is_nan, moved_nan_to_nan));
+    _mm256_storeu_ps(to + i, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), scale));
+    _mm256_storeu_ps(to + i + 8, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)), scale));
+  }
+  return whole;
+}
+
+/// One fp16 number, for arithmetic: a NaN that signals is quiet then anyway.
+[[nodiscard]] inline float wide_f16(std::uint16_t bits) noexcept { return _cvtsh_ss(bits); }
+
+/// Signed bytes times a scale.
+inline Index load_wide_i8(const void* from, Index n, float scale, float* to) noexcept {
+  const auto* bytes = static_cast<const unsigned char*>(from);
+  const __m256 factor = _mm256_set1_ps(scale);
+  const Index whole = n - n % 16;
+  for (Index i = 0; i < whole; i += 16) widen_16_bytes(load_16_bytes(bytes + i), factor, to + i);
+  return whole;
+}
+
+/// Halves of n / 2 bytes less 8, times a scale: the lower ones first.
+inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noexcept {
+  if (n != 32) return 0;
+  const __m128i pairs = load_16_bytes(from), half = _mm_set1_epi8(0xf), eight = _mm_set1_epi8(8);
+  const __m256 factor = _mm256_set1_ps(scale);
+  widen_16_bytes(_mm_sub_epi8(_mm_and_si128(pairs, half), eight), factor, to);
+  widen_16_bytes(_mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(pairs, 4), half), eight), factor, to + 16);
+  return n;
+}
+
+#else
+
+inline constexpr bool kHasWideLoads = false;
+
+float wide_f16(std::uint16_t bits) noexcept;  // only where there are wide loads
+inline Index load_wide_f16(const void*, Index, float*) noexcept { return 0; }
+inline Index store_wide_f16(const float*, Index, void*) noexcept { return 0; }
+inline Index load_wide_f8(const void*, Index, float*) noexcept { return 0; }
+inline Index load_wide_i8(const void*, Index, float, float*) noexcept { return 0; }
+inline Index load_wide_i4(const void*, Index, float, float*) noexcept { return 0; }
+
+#endif
+
+}  // namespace kvfold::detail
