@@ -42,8 +42,19 @@ struct Settings {
   bool aware = false, conversation = false, compare = false;
   std::string queries = "window";
   int max_answer = 128;
-  llama_chat::SessionOptions session{.threads = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()))};
+  std::uint32_t context = 0;
+  std::string key_type = "f16", value_type = "f16", flash_attention = "auto";
+  int threads = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
 };
+
+const std::map<std::string, ggml_type> kCacheTypes = {{"f32", GGML_TYPE_F32},
+                                                      {"f16", GGML_TYPE_F16},
+                                                      {"bf16", GGML_TYPE_BF16},
+                                                      {"q8_0", GGML_TYPE_Q8_0},
+                                                      {"q4_0", GGML_TYPE_Q4_0}};
+const std::map<std::string, llama_flash_attn_type> kFlashAttention = {{"auto", LLAMA_FLASH_ATTN_TYPE_AUTO},
+                                                                      {"on", LLAMA_FLASH_ATTN_TYPE_ENABLED},
+                                                                      {"off", LLAMA_FLASH_ATTN_TYPE_DISABLED}};
 
 /// llama.cpp has no place for log masses, so merged rows have none. Empty for the full cache.
 Compress method_of(const std::string& name, Index rows) {
@@ -113,13 +124,17 @@ class Chat {
 
  private:
   [[nodiscard]] llama_chat::SessionOptions session_options() const {
-    const auto trained = static_cast<std::uint32_t>(llama_model_n_ctx_train(model_.get()));
-    llama_chat::SessionOptions options = settings_.session;
-    if (options.context == 0) options.context = std::min(kUsualContext, trained);
-    if (options.context > trained) {
+    const auto trained = static_cast<std::uint32_t>(trained_length());
+    if (settings_.context > trained) {
       throw std::runtime_error("--context: the model reads " + std::to_string(trained) + " tokens at most");
     }
+    llama_chat::SessionOptions options;
+    options.context = settings_.context > 0 ? settings_.context : std::min(kUsualContext, trained);
     if (method_) options.queries = settings_.queries == "all" ? static_cast<Index>(options.context) : kWindow;
+    options.key_type = kCacheTypes.at(settings_.key_type);
+    options.value_type = kCacheTypes.at(settings_.value_type);
+    options.flash_attention = kFlashAttention.at(settings_.flash_attention);
+    options.threads = settings_.threads;
     return options;
   }
 
@@ -308,22 +323,18 @@ class Chat {
 };
 
 void add_options(CLI::App& app, Settings& s) {
-  const std::map<std::string, ggml_type> types = {{"f32", GGML_TYPE_F32},
-                                                  {"f16", GGML_TYPE_F16},
-                                                  {"bf16", GGML_TYPE_BF16},
-                                                  {"q8_0", GGML_TYPE_Q8_0},
-                                                  {"q4_0", GGML_TYPE_Q4_0}};
-  const std::map<std::string, llama_flash_attn_type> flash = {{"auto", LLAMA_FLASH_ATTN_TYPE_AUTO},
-                                                              {"on", LLAMA_FLASH_ATTN_TYPE_ENABLED},
-                                                              {"off", LLAMA_FLASH_ATTN_TYPE_DISABLED}};
-  const auto one_of = [](const auto& words) { return CLI::Transformer(words).description(""); };
+  const auto one_of = [](const auto& words) {
+    std::vector<std::string> names;
+    for (const auto& word : words) names.push_back(word.first);
+    return CLI::IsMember(names).description("");
+  };
   app.add_option("--model", s.model, "GGUF file")->required()->check(CLI::ExistingFile);
   app.add_option("--document", s.document, "text file, UTF-8")->required()->check(CLI::ExistingFile);
   app.add_option("--offset", s.offset, "byte of the document to begin at");
   app.add_option("--question", s.questions, "may be given several times; without, questions are typed")
       ->allow_extra_args(false);
   app.add_option("--budget", s.budget, "rows per head that the compressed cache keeps")
-      ->check(CLI::Range(Index{1}, kvfold::kMaxRows))
+      ->check(CLI::Range(Index{1}, kvfold::kMaxRows).description(""))
       ->capture_default_str();
   app.add_option("--method", s.method, "ems, ems-evict, snapkv, streaming-llm, or full: no compression")
       ->check(CLI::IsMember({"ems", "ems-evict", "snapkv", "streaming-llm", "full"}).description(""))
@@ -345,16 +356,19 @@ void add_options(CLI::App& app, Settings& s) {
   app.add_option("--max-answer", s.max_answer, "tokens of an answer")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  app.add_option("--context", s.session.context,
-                 "tokens of document, question and answer (default: 8192, or what the "
-                 "model was trained for)")
+  app.add_option("--context", s.context,
+                 "tokens of document, question and answer (default: 8192, or what the model was trained for)")
       ->check(CLI::PositiveNumber);
-  app.add_option("--cache-type-k", s.session.key_type, "f32, f16 (default), bf16, q8_0 or q4_0")
-      ->transform(one_of(types));
-  app.add_option("--cache-type-v", s.session.value_type, "the same; quantised types need flash attention")
-      ->transform(one_of(types));
-  app.add_option("--flash-attention", s.session.flash_attention, "on, off or auto (default)")->transform(one_of(flash));
-  app.add_option("--threads", s.session.threads, "threads")->check(CLI::Range(1, 512))->capture_default_str();
+  app.add_option("--cache-type-k", s.key_type, "f32, f16, bf16, q8_0 or q4_0")
+      ->check(one_of(kCacheTypes))
+      ->capture_default_str();
+  app.add_option("--cache-type-v", s.value_type, "the same; quantised types need flash attention")
+      ->check(one_of(kCacheTypes))
+      ->capture_default_str();
+  app.add_option("--flash-attention", s.flash_attention, "on, off or auto")
+      ->check(one_of(kFlashAttention))
+      ->capture_default_str();
+  app.add_option("--threads", s.threads, "threads")->check(CLI::Range(1, 512).description(""))->capture_default_str();
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ inline double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-/// What llama.cpp said last about an error. Other messages are dropped.
+/// The first error that llama.cpp tells: the later ones are its consequences. Other messages are dropped.
 class EngineLog {
  public:
   EngineLog() { llama_log_set(&EngineLog::listen, &text_); }
@@ -41,8 +41,8 @@ class EngineLog {
 
  private:
   static void listen(ggml_log_level level, const char* text, void* data) {
-    if (level != GGML_LOG_LEVEL_ERROR) return;
     std::string& kept = *static_cast<std::string*>(data);
+    if (level != GGML_LOG_LEVEL_ERROR || !kept.empty()) return;
     kept = text;
     while (!kept.empty() && kept.back() == '\n') kept.pop_back();
   }
@@ -51,8 +51,8 @@ class EngineLog {
 };
 
 struct SessionOptions {
-  std::uint32_t context = 0;  ///< cells
-  Index queries = 0;          ///< that the tap keeps for each layer; 0 for no tap
+  std::uint32_t context = 512;  ///< cells
+  Index queries = 0;            ///< that the tap keeps for each layer; 0 for no tap
   ggml_type key_type = GGML_TYPE_F16;
   ggml_type value_type = GGML_TYPE_F16;
   llama_flash_attn_type flash_attention = LLAMA_FLASH_ATTN_TYPE_AUTO;
@@ -99,10 +99,13 @@ class ChatSession {
   enum class Markup : bool { none, special_tokens };
   [[nodiscard]] Tokens tokens_of(std::string_view text, Markup markup, bool begins = false) const {
     Tokens tokens(text.size() + 2);
-    const std::int32_t count =
-        llama_tokenize(vocabulary_, text.data(), static_cast<std::int32_t>(text.size()), tokens.data(),
-                       static_cast<std::int32_t>(tokens.size()), begins, markup == Markup::special_tokens);
-    if (count < 0) throw std::runtime_error("llama.cpp cannot turn the text into tokens");
+    std::int32_t count = -1;
+    try {
+      count = llama_tokenize(vocabulary_, text.data(), static_cast<std::int32_t>(text.size()), tokens.data(),
+                             static_cast<std::int32_t>(tokens.size()), begins, markup == Markup::special_tokens);
+    } catch (const std::exception&) {  // As llama.cpp throws at bytes that are no characters.
+    }
+    if (count < 0) throw std::runtime_error("llama.cpp cannot turn the text into tokens: is it UTF-8?");
     tokens.resize(static_cast<std::size_t>(count));
     return tokens;
   }
