@@ -95,8 +95,9 @@ class ChatSession {
     sampler_.reset(llama_sampler_init_greedy());
   }
 
-  /// Tokens of a text. `markup`: whether it may hold the model's special tokens, as templates do and documents must not.
+  /// Whether a text may hold the model's special tokens, as templates do and documents must not.
   enum class Markup : bool { none, special_tokens };
+  /// Tokens of a text, which is the conversation's beginning or not.
   [[nodiscard]] Tokens tokens_of(std::string_view text, Markup markup, bool begins = false) const {
     Tokens tokens(text.size() + 2);
     std::int32_t count = -1;

@@ -1,4 +1,4 @@
-# Asks SmolLM2 about a short document, from a compressed cache, and makes each mistake once. ctest gives PROGRAM and DIRECTORY.
+# Asks SmolLM2 about a short document, from a compressed cache, and makes each mistake once. Needs PROGRAM and DIRECTORY.
 if("$ENV{KVFOLD_SMOLLM2_GGUF}" STREQUAL "")
   message("skipped: KVFOLD_SMOLLM2_GGUF does not name a file (tools/prepare_smollm2 gguf --weights f32)")
   return()
