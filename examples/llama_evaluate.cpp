@@ -7,7 +7,7 @@
 #include <CLI/CLI.hpp>
 
 #include "evaluation/evaluation.hpp"
-#include "llama_evaluation/llama_engine.hpp"
+#include "llama/llama_engine.hpp"
 
 int main(int argc, char** argv) {
   evaluation::Settings settings;

@@ -1,4 +1,4 @@
-#include "llama_evaluation/llama_engine.hpp"
+#include "llama/llama_engine.hpp"
 
 #include <kvfold/throwing.hpp>
 

@@ -5,7 +5,7 @@
 #include <kvfold/adaptors/llama_cpp.hpp>
 
 #include <filesystem>
-#include <memory>
+#include <llama-cpp.h>
 #include <optional>
 #include <string>
 #include <vector>
@@ -41,10 +41,6 @@ class LlamaEngine final : public Engine {
   decoder::Matrix forward(std::span<const decoder::Token> tokens) override;
 
  private:
-  struct Free {
-    void operator()(llama_model* model) const { llama_model_free(model); }
-    void operator()(llama_context* context) const { llama_free(context); }
-  };
   enum class Wanted { nothing, logits };
 
   /// Reads one chunk at most at the next positions.
@@ -53,10 +49,10 @@ class LlamaEngine final : public Engine {
   kvfold::ThreadPool& pool_;
   std::size_t chunk_;
   LlamaOptions options_;
-  std::unique_ptr<llama_model, Free> model_;
+  llama_model_ptr model_;
   kvfold::Index window_ = 1;
   std::optional<kvfold::LlamaQueryTap> tap_;
-  std::unique_ptr<llama_context, Free> context_;  // ends before the tap that it calls
+  llama_context_ptr context_;  // ends before the tap that it calls
   kvfold::LlamaBuffers buffers_;
   std::vector<std::uint8_t> prompt_;                   // the state when the prompt had been read
   kvfold::Position prompt_length_ = 0, position_ = 0;  // of the prompt; of the next token
