@@ -14,7 +14,7 @@
 #include "evaluation/methods.hpp"
 #include "evaluation/tasks.hpp"
 
-namespace CLI {
+namespace CLI {  // NOLINT: it is not ours
 class App;
 }
 
