@@ -9,11 +9,11 @@
 
 namespace evaluation {
 
-Text load_text(const std::filesystem::path& file, const decoder::Config& config) {
+Text load_text(const std::filesystem::path& file, const Vocabulary& vocabulary) {
   std::ifstream in(file, std::ios::binary);
   if (!in) throw std::runtime_error(file.string() + ": cannot be opened");
   Text text{file.stem().string(), {}};
-  if (config.tokenizer == "bytes") {
+  if (vocabulary.is_bytes) {
     for (std::istreambuf_iterator<char> c(in), end; c != end; ++c)
       text.tokens.push_back(static_cast<unsigned char>(*c));
     return text;
@@ -24,7 +24,7 @@ Text load_text(const std::filesystem::path& file, const decoder::Config& config)
   }
   text.tokens = json["ids"].get<std::vector<decoder::Token>>();
   for (const decoder::Token token : text.tokens) {
-    if (token < 0 || token >= config.vocab_size)
+    if (token < 0 || token >= vocabulary.size)
       throw std::runtime_error(file.string() + ": has tokens of another model");
   }
   return text;

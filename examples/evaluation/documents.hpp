@@ -12,6 +12,12 @@
 
 namespace evaluation {
 
+/// The tokens that a model knows: 0 to `size` - 1.
+struct Vocabulary {
+  std::int64_t size = 0;
+  bool is_bytes = false;  ///< a token is a byte
+};
+
 /// A whole text as tokens.
 struct Text {
   std::string name;
@@ -20,7 +26,7 @@ struct Text {
 
 /// Plain text where the model reads bytes; else the JSON file of `tools/prepare_smollm2 tokenize`.
 /// Throws std::runtime_error when the file is missing, malformed or has tokens that the model does not know.
-Text load_text(const std::filesystem::path& file, const decoder::Config& config);
+Text load_text(const std::filesystem::path& file, const Vocabulary& vocabulary);
 
 /// A piece of a text.
 struct Document {

@@ -1,18 +1,16 @@
 /// \file
-/// The compression methods that the evaluator compares, by name, and the evidence they get.
+/// The compression methods that the evaluator compares, by name.
 #pragma once
 
 #include <kvfold/kvfold.hpp>
 
 #include <functional>
-#include <map>
+#include <span>
 #include <string>
-#include <utility>
+#include <variant>
 #include <vector>
 
 #include <nlohmann/json.hpp>
-
-#include "decoder/decoder.hpp"
 
 namespace evaluation {
 
@@ -37,63 +35,34 @@ struct OptionField {
 };
 [[nodiscard]] const std::vector<OptionField>& option_fields();
 
-/// Watches a prompt go by and keeps, for every layer, what scorers ask for: streamed column sums and the last queries.
-class Evidence {
- public:
-  /// \param rows the most rows that a layer's heads will have
-  /// \param wanted options of all methods that will ask: each distinct window and stride is accumulated
-  Evidence(const decoder::Decoder& model, kvfold::Index rows, const std::vector<Options>& wanted,
-           kvfold::ThreadPool& pool);
+/// Every kind of compressor that a method may be. Engines visit it with their views and evidence.
+using AnyCompressor =
+    std::variant<kvfold::StreamingLlm, kvfold::H2o, kvfold::SnapKv, kvfold::Tova, kvfold::EmsEvict, kvfold::Ems,
+                 kvfold::Compressor<kvfold::GlobalLocalScorer, kvfold::UniformBudget, kvfold::EvictOnly>,
+                 kvfold::Compressor<kvfold::GlobalLocalScorer, kvfold::UniformBudget, kvfold::EvictThenMerge<>>>;
 
-  [[nodiscard]] decoder::Observer observer(const decoder::Sequence& sequence);
-  /// The sums over the whole prompt, made from the caches as they were observed. Valid until the next call for this layer.
-  [[nodiscard]] kvfold::ColumnSums sums(const Options& options, std::size_t layer, const decoder::Cache& cache);
-  /// The queries of the last positions, at least as many as any window.
-  [[nodiscard]] kvfold::QueryRows last_queries(std::size_t layer) const;
-  /// Time spent on the sums of these options while the prompt was read.
-  [[nodiscard]] double observe_ms(const Options& options) const;
-  [[nodiscard]] double observe_ms() const;
-
- private:
-  struct Tail {
-    std::vector<float> queries;  // [W][H * G][D], oldest first
-    std::vector<kvfold::Position> positions;
-  };
-  struct Stream {
-    std::vector<kvfold::GlobalLocalAccumulator> layers;
-    double ms = 0.0;
-  };
-  using Key = std::pair<kvfold::Index, kvfold::Index>;  // window, stride
-
-  void remember(std::size_t layer, const kvfold::QueryRows& queries);
-
-  kvfold::ThreadPool& pool_;
-  kvfold::LayerShape shape_;
-  kvfold::Index window_ = 1;
-  std::map<Key, Stream> streams_;
-  std::vector<Tail> tails_;
-  kvfold::WorkspaceBuffer workspace_;
-};
-
-/// What a method did to one sequence.
-struct Outcome {
-  kvfold::CompressionReport report;  ///< summed over layers; shares are means
-  double score_ms = 0.0;             ///< evidence and scores, all layers
-  double compress_ms = 0.0;          ///< budgets, classes, merging and writing, all layers
-  /// [layer][head] one letter for each row: k kept, m merged into a kept one, e evicted.
-  std::vector<std::vector<std::string>> fates;
+/// Whose attention a method ranks rows by.
+enum class Asked {
+  last_queries,  ///< of the last positions, `window_of` of them
+  whole_prompt,
 };
 
 /// A method of the evaluation: a name, and options that may differ from the common ones.
 struct Method {
   std::string label;  ///< as the user wrote it
   Options options;
-  std::function<Outcome(decoder::Sequence&, Evidence&, kvfold::Index rows)> compress;  ///< to `rows` rows per head
+  Asked asked = Asked::last_queries;
+  std::function<AnyCompressor(kvfold::Index rows)> compressor;  ///< to `rows` rows per head; empty: the full cache
+
+  [[nodiscard]] bool is_full() const { return !compressor; }
 };
 
 [[nodiscard]] std::vector<std::string> method_names();
 
 /// A method from "name" or "name@option=value@option=value". Throws std::runtime_error for what is not known or out of range.
-[[nodiscard]] Method make_method(const std::string& text, const Options& common, kvfold::ThreadPool& pool);
+[[nodiscard]] Method make_method(const std::string& text, const Options& common);
+
+/// The queries of the last positions that are kept for these methods: as many as any window has.
+[[nodiscard]] kvfold::Index window_of(std::span<const Method> methods);
 
 }  // namespace evaluation

@@ -6,28 +6,21 @@
 
 namespace evaluation {
 
-TaskRun::TaskRun(decoder::Decoder& model, kvfold::ThreadPool& pool, const TokenCase& task, TaskMode mode,
-                 const std::vector<Options>& options, std::size_t chunk)
-    : model_(model),
-      tail_(task.answer),
-      answer_size_(task.answer.size()),
-      prompt_(model.new_sequence()),
-      evidence_(model, static_cast<kvfold::Index>(task.context.size() + task.question.size()), options, pool) {
+TaskRun::TaskRun(Engine& engine, const TokenCase& task, TaskMode mode)
+    : engine_(engine), tail_(task.answer), answer_size_(task.answer.size()) {
   std::vector<decoder::Token> head = task.context, question = task.question;
   if (mode == TaskMode::aware) {
     head.insert(head.end(), question.begin(), question.end() - 1);
     question.erase(question.begin(), question.end() - 1);
   }
   tail_.insert(tail_.begin(), question.begin(), question.end());
-  model_.prefill(head, prompt_, chunk, evidence_.observer(prompt_));
+  engine_.read(head);
 }
 
 bool TaskRun::answers(const Method& method, kvfold::Index budget) {
-  decoder::Sequence sequence = prompt_.clone();
-  static_cast<void>(method.compress(sequence, evidence_, budget));
+  static_cast<void>(engine_.compress(method, budget));
   // Greedy decoding follows the answer for as long as it is right, so one pass over the answer tells.
-  const auto read = std::span(tail_).first(tail_.size() - 1);
-  const decoder::Matrix logits = model_.forward(read, sequence, decoder::Logits::all);
+  const decoder::Matrix logits = engine_.forward(std::span(tail_).first(tail_.size() - 1));
   for (std::size_t i = tail_.size() - answer_size_; i < tail_.size(); ++i) {
     Eigen::Index best = 0;
     logits.row(static_cast<Eigen::Index>(i) - 1).maxCoeff(&best);
@@ -41,17 +34,12 @@ nlohmann::json Answers::to_json() const {
           {"depth", depth}, {"budget", budget}, {"correct", correct}, {"cases", cases}};
 }
 
-std::vector<Answers> run_tasks(std::span<const TokenCase> cases, const std::vector<std::string>& modes,
-                               decoder::Decoder& model, kvfold::ThreadPool& pool, const std::vector<Method>& methods,
-                               const std::vector<kvfold::Index>& budgets, std::size_t chunk) {
+std::vector<Answers> run_tasks(std::span<const TokenCase> cases, const std::vector<std::string>& modes, Engine& engine,
+                               const std::vector<Method>& methods, const std::vector<kvfold::Index>& budgets) {
   for (const TokenCase& c : cases) {
-    if (c.context.size() + c.question.size() + c.answer.size() > static_cast<std::size_t>(model.config().max_positions))
+    if (c.context.size() + c.question.size() + c.answer.size() > engine.max_positions())
       throw std::runtime_error("a case of task " + c.task + " is longer than the model can read");
   }
-  std::vector<Options> options;
-  options.reserve(methods.size());
-  for (const Method& method : methods) options.push_back(method.options);
-
   std::vector<Answers> results;
   for (const std::string& mode : modes) {
     std::size_t group = results.size();  // where the answers of the cell of the last case begin
@@ -64,14 +52,14 @@ std::vector<Answers> run_tasks(std::span<const TokenCase> cases, const std::vect
       if (last == nullptr || c.task != last->task || c.length != last->length || c.depth != last->depth) {
         group = results.size();
         for (const Method& method : methods) {
-          const bool full = method.label == "full";
-          for (const kvfold::Index budget : full ? std::vector{static_cast<kvfold::Index>(c.length)} : budgets) {
+          for (const kvfold::Index budget :
+               method.is_full() ? std::vector{static_cast<kvfold::Index>(c.length)} : budgets) {
             results.push_back({c.task, mode, method.label, c.length, c.depth, budget});
           }
         }
       }
       last = &c;
-      TaskRun run(model, pool, c, mode == "aware" ? TaskMode::aware : TaskMode::agnostic, options, chunk);
+      TaskRun run(engine, c, mode == "aware" ? TaskMode::aware : TaskMode::agnostic);
       std::size_t cell = group;
       for (const Method& method : methods) {
         for (; cell < results.size() && results[cell].method == method.label; ++cell) {

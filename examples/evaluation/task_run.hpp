@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "evaluation/methods.hpp"
+#include "evaluation/engine.hpp"
 #include "evaluation/tasks.hpp"
 
 namespace evaluation {
@@ -20,18 +20,15 @@ enum class TaskMode {
 /// predicted from the full one.
 class TaskRun {
  public:
-  TaskRun(decoder::Decoder& model, kvfold::ThreadPool& pool, const TokenCase& task, TaskMode mode,
-          const std::vector<Options>& options, std::size_t chunk);
+  TaskRun(Engine& engine, const TokenCase& task, TaskMode mode);
 
   /// Whether greedy decoding from the compressed cache gives the answer, token for token.
   [[nodiscard]] bool answers(const Method& method, kvfold::Index budget);
 
  private:
-  decoder::Decoder& model_;
+  Engine& engine_;
   std::vector<decoder::Token> tail_;  // what is read after compression, and the answer
   std::size_t answer_size_;
-  decoder::Sequence prompt_;
-  Evidence evidence_;
 };
 
 /// Exact answers of one method at one budget, task, length and depth.
@@ -48,9 +45,8 @@ struct Answers {
 /// Asks every case in every mode ("aware", "agnostic") after every method. Results are grouped by mode, task, length and
 /// depth, in the order of the cases.
 /// \throws std::runtime_error for cases that are longer than the model can read
-std::vector<Answers> run_tasks(std::span<const TokenCase> cases, const std::vector<std::string>& modes,
-                               decoder::Decoder& model, kvfold::ThreadPool& pool, const std::vector<Method>& methods,
-                               const std::vector<kvfold::Index>& budgets, std::size_t chunk);
+std::vector<Answers> run_tasks(std::span<const TokenCase> cases, const std::vector<std::string>& modes, Engine& engine,
+                               const std::vector<Method>& methods, const std::vector<kvfold::Index>& budgets);
 
 /// One table for each task and mode, share of exact answers by method and budget, over depths and lengths; and where there
 /// are several tasks, one of their mean.

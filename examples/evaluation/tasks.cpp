@@ -195,7 +195,7 @@ void write_cases(const std::filesystem::path& file, std::span<const TaskCase> ca
   if (!out.flush()) throw std::runtime_error(file.string() + ": cannot be written");
 }
 
-std::vector<TokenCase> read_cases(const std::filesystem::path& file, const decoder::Config& config) {
+std::vector<TokenCase> read_cases(const std::filesystem::path& file, const Vocabulary& vocabulary) {
   std::ifstream in(file);
   if (!in) throw std::runtime_error(file.string() + ": cannot be opened");
   const auto json = nlohmann::json::parse(in, nullptr, false);
@@ -217,7 +217,7 @@ std::vector<TokenCase> read_cases(const std::filesystem::path& file, const decod
     }
     for (const auto* part : {&c.context, &c.question, &c.answer}) {
       for (const decoder::Token token : *part) {
-        if (token < 0 || token >= config.vocab_size)
+        if (token < 0 || token >= vocabulary.size)
           throw std::runtime_error(file.string() + ": has tokens of another model");
       }
     }

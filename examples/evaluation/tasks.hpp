@@ -73,6 +73,6 @@ void write_cases(const std::filesystem::path& file, std::span<const TaskCase> ca
 
 /// Cases that another program has turned into tokens.
 /// \throws std::runtime_error when the file is missing, malformed or has tokens that the model does not know
-[[nodiscard]] std::vector<TokenCase> read_cases(const std::filesystem::path& file, const decoder::Config& config);
+[[nodiscard]] std::vector<TokenCase> read_cases(const std::filesystem::path& file, const Vocabulary& vocabulary);
 
 }  // namespace evaluation

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include "evaluation/decoder_engine.hpp"
 #include "evaluation/documents.hpp"
 #include "evaluation/methods.hpp"
 #include "evaluation/metrics.hpp"
@@ -55,16 +56,13 @@ TEST(Documents, ATextThatIsTooShortIsRefused) {
 TEST(Texts, ByteModelsReadPlainTextAndOthersNeedTokens) {
   const auto file = std::filesystem::path(testing::TempDir()) / "kvfold_text.txt";
   std::ofstream(file, std::ios::binary) << "h\xc3\xa9\n";
-  decoder::Config config;
-  config.vocab_size = 256;
-  config.tokenizer = "bytes";
-  EXPECT_EQ(evaluation::load_text(file, config).tokens, (std::vector<decoder::Token>{'h', 0xc3, 0xa9, '\n'}));
-  config.tokenizer = "tokenizer.json";
-  EXPECT_THROW(evaluation::load_text(file, config), std::runtime_error);
+  const evaluation::Vocabulary bytes{.size = 256, .is_bytes = true}, words{.size = 256};
+  EXPECT_EQ(evaluation::load_text(file, bytes).tokens, (std::vector<decoder::Token>{'h', 0xc3, 0xa9, '\n'}));
+  EXPECT_THROW(evaluation::load_text(file, words), std::runtime_error);
   std::ofstream(file) << R"({"format": "kvfold-tokens-1", "ids": [3, 255]})";
-  EXPECT_EQ(evaluation::load_text(file, config).tokens, (std::vector<decoder::Token>{3, 255}));
+  EXPECT_EQ(evaluation::load_text(file, words).tokens, (std::vector<decoder::Token>{3, 255}));
   std::ofstream(file) << R"({"format": "kvfold-tokens-1", "ids": [3, 256]})";
-  EXPECT_THROW(evaluation::load_text(file, config), std::runtime_error);
+  EXPECT_THROW(evaluation::load_text(file, words), std::runtime_error);
 }
 
 TEST(Metrics, AgreeWithTheirDefinitions) {
@@ -85,10 +83,9 @@ TEST(Metrics, AgreeWithTheirDefinitions) {
 }
 
 TEST(Methods, TakeOptionsOfTheirOwn) {
-  ThreadPool pool(1);
   evaluation::Options common;
   common.set("tau", "0.5");
-  const auto method = evaluation::make_method("ems@recent=3@key-mode=rotated@span-weight=0.25", common, pool);
+  const auto method = evaluation::make_method("ems@recent=3@key-mode=rotated@span-weight=0.25", common);
   EXPECT_EQ(method.options.score.protect.recent, 3);
   EXPECT_EQ(method.options.merge.key_mode, KeyMode::rotated);
   EXPECT_FLOAT_EQ(method.options.score.span_weight, 0.25f);
@@ -96,10 +93,9 @@ TEST(Methods, TakeOptionsOfTheirOwn) {
 }
 
 TEST(Methods, WhatIsNotKnownOrOutOfRangeIsRefused) {
-  ThreadPool pool(1);
   for (const char* text : {"emz", "ems@", "ems@tau", "ems@tau=", "ems@tau=x", "ems@tau=2", "ems@window=0",
                            "ems@window=1.5", "ems@span-width=0", "ems@key-mode=left", "ems@budget=3", "ems@gamma=-1"}) {
-    EXPECT_THROW(static_cast<void>(evaluation::make_method(text, {}, pool)), std::runtime_error) << text;
+    EXPECT_THROW(static_cast<void>(evaluation::make_method(text, {})), std::runtime_error) << text;
   }
 }
 
@@ -107,26 +103,46 @@ TEST(Methods, EveryOneKeepsItsBudgetOnARealForwardPass) {
   const auto directory = std::filesystem::path(testing::TempDir()) / "kvfold_methods";
   test::write_tiny_model(directory, {}, 3);
   ThreadPool pool(2);
-  decoder::Decoder model(directory, pool);
   std::vector<decoder::Token> prompt(200);
   for (std::size_t i = 0; i < prompt.size(); ++i) prompt[i] = static_cast<decoder::Token>(i * 13 % 50);
   std::vector<evaluation::Method> methods;
-  std::vector<evaluation::Options> options;
-  for (const auto& name : evaluation::method_names()) {
-    methods.push_back(evaluation::make_method(name, {}, pool));
-    options.push_back(methods.back().options);
-  }
-  decoder::Sequence sequence = model.new_sequence();
-  evaluation::Evidence evidence(model, 200, options, pool);
-  model.prefill(prompt, sequence, 64, evidence.observer(sequence));
+  for (const auto& name : evaluation::method_names()) methods.push_back(evaluation::make_method(name, {}));
+  evaluation::DecoderEngine engine(directory, pool, 64);
+  engine.load({.prompt = 200, .sequence = 200}, methods);
+  engine.read(prompt);
   for (const auto& method : methods) {
-    decoder::Sequence copy = sequence.clone();
-    const auto outcome = method.compress(copy, evidence, 40);
-    const Index expected = (method.label == "full" ? 200 : 40) * 2 * 2;  // two layers, two heads
-    EXPECT_EQ(copy.rows(), expected) << method.label;
+    const auto outcome = engine.compress(method, 40);
+    const Index expected = (method.is_full() ? 200 : 40) * 2 * 2;  // two layers, two heads
+    EXPECT_EQ(engine.sequence().rows(), expected) << method.label;
     EXPECT_EQ(outcome.report.rows_kept, expected) << method.label;
-    EXPECT_EQ(copy.next, 200);
+    EXPECT_EQ(engine.sequence().next, 200);
   }
+}
+
+TEST(Engines, CompressThePromptAsItWasRead) {
+  const auto directory = std::filesystem::path(testing::TempDir()) / "kvfold_engine";
+  test::write_tiny_model(directory, {}, 5);
+  ThreadPool pool(1);
+  const std::vector<evaluation::Method> methods{evaluation::make_method("ems", {}),
+                                                evaluation::make_method("full", {})};
+  evaluation::DecoderEngine engine(directory, pool, 16);
+  EXPECT_EQ(engine.vocabulary().size, 50);
+  EXPECT_EQ(engine.max_positions(), 512u);
+  engine.load({.prompt = 60, .sequence = 80}, methods);
+  std::vector<decoder::Token> prompt(60), next(20);
+  for (std::size_t i = 0; i < prompt.size(); ++i) prompt[i] = static_cast<decoder::Token>(i * 7 % 50);
+  for (std::size_t i = 0; i < next.size(); ++i) next[i] = static_cast<decoder::Token>(i * 11 % 50);
+  engine.read(prompt);
+  const Matrix full = engine.forward(next);
+  engine.compress(methods[0], 10);
+  const Matrix small = engine.forward(next);
+  EXPECT_GT((small - full).cwiseAbs().maxCoeff(), 1e-3f);
+  engine.compress(methods[1], 10);
+  EXPECT_EQ(engine.forward(next), full) << "what was done before is forgotten";
+  engine.compress(methods[0], 10);
+  EXPECT_EQ(engine.forward(next), small);
+  engine.compress(methods[0], 60);
+  EXPECT_EQ(engine.forward(next), full) << "a budget of all rows changes nothing";
 }
 
 const std::filesystem::path kTemplates = std::filesystem::path(KVFOLD_TESTS_DIR) / "../data/tasks/templates.json";
@@ -217,9 +233,9 @@ TEST(Cases, GoThroughAFileAsTextAndComeBackAsTokens) {
   EXPECT_EQ(json.at("format"), "kvfold-cases-1");
   EXPECT_EQ(json.at("cases").at(1).at("answer"), made[1].answer);
 
-  decoder::Config config;
-  config.vocab_size = 256;
-  EXPECT_THROW(static_cast<void>(evaluation::read_cases(file, config)), std::runtime_error) << "these are no tokens";
+  evaluation::Vocabulary vocabulary{.size = 256};
+  EXPECT_THROW(static_cast<void>(evaluation::read_cases(file, vocabulary)), std::runtime_error)
+      << "these are no tokens";
   json["format"] = "kvfold-token-cases-1";
   for (auto& c : json["cases"]) {  // what a tokeniser would do
     for (const char* part : {"context", "question", "answer"}) {
@@ -228,20 +244,20 @@ TEST(Cases, GoThroughAFileAsTextAndComeBackAsTokens) {
     }
   }
   std::ofstream(file) << json;
-  const auto read = evaluation::read_cases(file, config);
+  const auto read = evaluation::read_cases(file, vocabulary);
   ASSERT_EQ(read.size(), 2u);
   EXPECT_EQ(read[1].context, evaluation::byte_case(made[1]).context);
   EXPECT_EQ(read[1].answer, evaluation::byte_case(made[1]).answer);
 
-  config.vocab_size = 100;
-  EXPECT_THROW(static_cast<void>(evaluation::read_cases(file, config)), std::runtime_error) << "unknown tokens";
-  config.vocab_size = 256;
+  vocabulary.size = 100;
+  EXPECT_THROW(static_cast<void>(evaluation::read_cases(file, vocabulary)), std::runtime_error) << "unknown tokens";
+  vocabulary.size = 256;
   json["cases"][0]["answer"] = nlohmann::json::array();
   std::ofstream(file) << json;
-  EXPECT_THROW(static_cast<void>(evaluation::read_cases(file, config)), std::runtime_error) << "no answer";
+  EXPECT_THROW(static_cast<void>(evaluation::read_cases(file, vocabulary)), std::runtime_error) << "no answer";
   json["cases"][0].erase("answer");
   std::ofstream(file) << json;
-  EXPECT_THROW(static_cast<void>(evaluation::read_cases(file, config)), std::runtime_error) << "a field is missing";
+  EXPECT_THROW(static_cast<void>(evaluation::read_cases(file, vocabulary)), std::runtime_error) << "a field is missing";
 }
 
 TEST(Tasks, WhatDoesNotFitIsRefused) {

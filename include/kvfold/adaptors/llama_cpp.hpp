@@ -34,6 +34,12 @@ struct LlamaBuffers {
   WorkspaceBuffer state, compressed, evidence, workspace;
 };
 
+/// What becomes of the tap when its sequence has been compressed.
+enum class TapAfter : unsigned char {
+  reset,  ///< it forgets: the cache's positions are nominal from now on, and older queries would not fit them
+  kept,   ///< its queries stay, for a caller who puts the old state back, to compress it in another way
+};
+
 /// A compression method as `compress` wants it; `Compressor` is one where its merging needs no log masses.
 template <class M>
 concept LlamaMethod = requires(const M& method, const LlamaLayerView& view, const QueryRows& queries,
@@ -142,13 +148,15 @@ inline void add_layer(LlamaReport& report, const CompressionReport& layer, Index
 /// context; freed cells take other tokens.
 ///
 /// \param sequence decoded alone since the tap last started, to its last token
-/// \param tap      attached to this context; reset on success
+/// \param tap      attached to this context
+/// \param after    what becomes of the tap on success
 /// \returns the report, or a status; then the sequence is as it was, unless the status says that it is lost. Nothing is
 ///          changed where the method keeps all rows.
 /// Cost: saving and loading the state, and `plan` for each layer, one after the other.
 template <LlamaMethod Method, Executor X>
 [[nodiscard]] Result<LlamaReport> compress(::llama_context* context, ::llama_seq_id sequence, const Method& method,
-                                           LlamaQueryTap& tap, LlamaBuffers& buffers, X& executor) noexcept {
+                                           LlamaQueryTap& tap, LlamaBuffers& buffers, X& executor,
+                                           TapAfter after = TapAfter::reset) noexcept {
   if (context == nullptr) return Status{StatusCode::invalid_argument, "context", "is null"};
   if (sequence < 0 || static_cast<std::uint32_t>(sequence) >= llama_n_seq_max(context)) {
     return Status{StatusCode::invalid_argument, "sequence", "must be in [0, n_seq_max)"};
@@ -205,7 +213,7 @@ template <LlamaMethod Method, Executor X>
   if (!fresh.ok()) return fresh.status();
   if (report.layers.rows_kept == report.layers.rows_before && report.layers.rows_rewritten == 0) return report;
   if (Status bad = detail::replace_llama_sequence(context, sequence, *fresh, *old); !bad.ok()) return bad;
-  tap.reset();
+  if (after == TapAfter::reset) tap.reset();
   return report;
 }
 
