@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "kvfold/detail/arena.hpp"
+#include "kvfold/detail/few_rows.hpp"
 #include "kvfold/detail/linalg.hpp"
 #include "kvfold/detail/rows.hpp"
 #include "kvfold/evidence/query_rows.hpp"
@@ -22,6 +23,11 @@ struct AttentionOutput {
 };
 
 namespace detail {
+
+/// Query rows up to which `few_dots` and `add_few` are as fast as Eigen's products, and rows of the cache that are
+/// converted for them at a time.
+inline constexpr Index kFewQueries = 16;
+inline constexpr Index kFewTile = 16;
 
 /// Scratch of one worker of `attend`.
 struct AttendScratch {
@@ -63,6 +69,7 @@ class AttendBlock {
  private:
   void load(Index first, Index count) noexcept {
     count_ = count;
+    few_ = count <= kFewQueries;
     most_visible_ = 0;
     for (Index r = 0; r < count; ++r) {
       const Index i = (first + r) / shape_.group_size, g = (first + r) % shape_.group_size;
@@ -77,9 +84,34 @@ class AttendBlock {
   }
 
   void add_tile(Index t, Index n) noexcept {
+    for_parts(n, [&](Index first, Index m) { set_logits(t + first, m, s_.weights.data() + first); });
+    set_weights(t, n);
+    for_parts(n, [&](Index first, Index m) { add_values(t + first, m, s_.weights.data() + first); });
+  }
+
+  /// Calls f(first, count) for parts of a tile: the floats of a part stay in the fastest cache until they are used.
+  template <class F>
+  void for_parts(Index n, F f) const noexcept {
+    const Index part = few_ ? kFewTile : n;
+    for (Index first = 0; first < n; first += part) f(first, std::min(part, n - first));
+  }
+
+  void set_logits(Index t, Index n, float* logits) noexcept {
     const float* keys = key_tile(view_, h_, t, n, s_.keys);
-    multiply_transposed(s_.queries.data(), shape_.key_dim, count_, keys, shape_.key_dim, n, shape_.key_dim,
-                        s_.weights.data(), kKeyTile);
+    if (few_) return few_dots(s_.queries.data(), shape_.key_dim, count_, keys, n, shape_.key_dim, logits, kKeyTile);
+    multiply_transposed(s_.queries.data(), shape_.key_dim, count_, keys, shape_.key_dim, n, shape_.key_dim, logits,
+                        kKeyTile);
+  }
+
+  void add_values(Index t, Index n, const float* weights) noexcept {
+    const float* values = value_tile(view_, h_, t, n, s_.values);
+    if (few_) return add_few(weights, kKeyTile, count_, values, n, shape_.value_dim, s_.out.data(), shape_.value_dim);
+    add_product(weights, kKeyTile, count_, values, shape_.value_dim, n, shape_.value_dim, s_.out.data(),
+                shape_.value_dim);
+  }
+
+  /// Logits to weights under the largest logit so far; what was summed under a smaller one is corrected.
+  void set_weights(Index t, Index n) noexcept {
     const bool any_mass = load_masses(t, n);
     for (Index r = 0; r < count_; ++r) {
       float* w = s_.weights.data() + r * kKeyTile;
@@ -93,9 +125,6 @@ class AttendBlock {
       if (correction != 1.f) scale(s_.out.data() + r * shape_.value_dim, shape_.value_dim, correction);
       max_[r] = new_max;
     }
-    const float* values = value_tile(view_, h_, t, n, s_.values);
-    add_product(s_.weights.data(), kKeyTile, count_, values, shape_.value_dim, n, shape_.value_dim, s_.out.data(),
-                shape_.value_dim);
   }
 
   bool load_masses(Index t, Index n) noexcept {
@@ -125,6 +154,7 @@ class AttendBlock {
   const AttendScratch& s_;
   LayerShape shape_;
   Index count_ = 0, most_visible_ = 0;
+  bool few_ = false;
   Index visible_[kQueryTile] = {};
   float max_[kQueryTile] = {};
   float sum_[kQueryTile] = {};
@@ -159,7 +189,8 @@ class AttendBlock {
 template <KVCacheView V, Executor X>
 Status attend(const V& view, const QueryRows& queries, const AttentionOutput& out, Workspace workspace,
               X& executor) noexcept {
-  if (Status bad = detail::check_view(view); !bad.ok()) return bad;
+  if (Status bad = detail::check_sizes(view); !bad.ok()) return bad;
+  if (Status bad = detail::check_log_masses(view); !bad.ok()) return bad;
   const LayerShape shape = view.shape();
   if (Status bad = detail::check_queries(queries, shape); !bad.ok()) return bad;
   if (out.data == nullptr) return {StatusCode::invalid_argument, "out", "data is null"};
