@@ -1,102 +1,77 @@
 /// \file
-/// Scoring and planning one layer, beside the products and exps that no implementation can avoid.
+/// Compressing a layer from window evidence: score, budget, tiers, classes, merge, apply; and what share each stage has.
 
-#include <kvfold/kvfold.hpp>
+#include "support/main.hpp"
+#include "support/pipeline.hpp"
 
-#include <chrono>
-#include <random>
-#include <vector>
-
-#include <Eigen/Core>
-#include <benchmark/benchmark.h>
+namespace kvfold::bench {
 
 namespace {
 
-using kvfold::Index;
+void compress(benchmark::State& state, const Settings& settings, const Model& model, Index rows, Index threads) {
+  Pipeline<Float16> p(model, rows, threads), alone(model, threads == 1 ? 1 : rows, 1);
+  p.run_all();
+  p.layer.restore();
+  require(p.compress(), "compress");
+  Stage stage{.run = [&] { return timed([&] { return p.compress().ok(); }); },
+              .prepare = [&] { p.layer.restore(); },
+              .works = p.whole_work(),
+              .rows = p.all_rows(),
+              .workspace_bytes = p.whole_bytes()};
+  if (threads > 1) {
+    alone.run_all();
+    stage.prepare = [&] {
+      p.layer.restore();
+      alone.layer.restore();
+    };
+    stage.baseline = [&] { return timed([&] { return alone.compress().ok(); }); };
+  }
+  measure(state, settings, stage, p.pool);
+}
 
-struct Layer {
-  kvfold::RaggedCache<kvfold::Float16> cache;
-  std::vector<float> queries;
-  std::vector<kvfold::Position> positions;
-};
-
-Layer make_layer(kvfold::LayerShape shape, Index rows, Index window) {
-  std::mt19937 random(1);
-  std::normal_distribution<float> normal;
-  const auto fill = [&](Index n) {
-    std::vector<float> x(static_cast<std::size_t>(n));
-    for (float& v : x) v = normal(random);
-    return x;
+/// The median share of each stage in the sum of all, the stages run one after the other.
+void shares(benchmark::State& state, const Settings& settings, const Model& model, Index rows) {
+  Pipeline<Float16> p(model, rows, 1);
+  p.run_all();
+  constexpr std::array names{"score", "budget", "tiers", "classes", "merge", "apply"};
+  std::array<std::vector<double>, names.size()> shares;
+  const auto seconds = [&](auto f) { return timed([&] { return f().ok(); }); };
+  const auto run = [&] {
+    std::array<double, names.size()> spent{seconds([&] { return p.score(); }), seconds([&] { return p.allocate(); }),
+                                           seconds([&] { return p.rank(); }),  seconds([&] { return p.assign(); }),
+                                           seconds([&] { return p.merge(); }), seconds([&] { return p.apply(); })};
+    spent[4] = std::max(spent[4] - spent[2], 0.0);
+    double sum = 0.0;
+    for (const double s : spent) {
+      if (s < 0) return -1.0;
+      sum += s;
+    }
+    for (std::size_t i = 0; i < spent.size(); ++i) {
+      if (shares[i].size() < shares[i].capacity()) shares[i].push_back(spent[i] / sum);
+    }
+    return sum;
   };
-  std::vector<kvfold::Position> positions(static_cast<std::size_t>(rows));
-  for (Index t = 0; t < rows; ++t) positions[static_cast<std::size_t>(t)] = t;
-  auto cache = kvfold::RaggedCache<kvfold::Float16>::create(shape);
-  const auto keys = fill(shape.kv_heads * rows * shape.key_dim), values = fill(shape.kv_heads * rows * shape.value_dim);
-  const auto status = cache->append(keys.data(), kvfold::Strides::head_major(rows, shape.key_dim), values.data(),
-                                    kvfold::Strides::head_major(rows, shape.value_dim), positions);
-  if (!status.ok()) std::abort();
-  return {std::move(cache).value(),
-          fill(shape.query_heads() * window * shape.key_dim),
-          {positions.end() - window, positions.end()}};
-}
-
-/// Seconds for the least work that window scores and classes need: their products at Eigen's speed, and the exps.
-double floor_seconds(kvfold::LayerShape shape, Index rows, Index window, Index budget) {
-  using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-  const Matrix queries = Matrix::Random(shape.group_size * window, shape.key_dim),
-               keys = Matrix::Random(rows, shape.key_dim);
-  const Matrix unit_keys = Matrix::Random(budget, shape.key_dim), unit_values = Matrix::Random(budget, shape.value_dim);
-  Matrix logits(queries.rows(), rows), key_sims(budget, budget), value_sims(budget, budget);
-  const auto start = std::chrono::steady_clock::now();
-  for (Index h = 0; h < shape.kv_heads; ++h) {
-    logits.noalias() = queries * keys.transpose();
-    logits = logits.array().exp();
-    key_sims.noalias() = unit_keys * unit_keys.transpose();
-    value_sims.noalias() = unit_values * unit_values.transpose();
-    benchmark::DoNotOptimize(logits.data());
-    benchmark::DoNotOptimize(key_sims.data());
-    benchmark::DoNotOptimize(value_sims.data());
+  for (auto& s : shares) s.reserve(static_cast<std::size_t>(settings.max_repeats) + 2);
+  measure(state, settings, {.run = run, .prepare = [&] { p.layer.restore(); }, .rows = p.all_rows()}, p.pool);
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    state.counters[std::string(names[i]) + "_share"] = median(shares[i]);
   }
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
-
-/// EMS with window evidence on one thread: score, budgets, tiers, classes, merged rows.
-void BM_PlanWindow(benchmark::State& state, kvfold::LayerShape shape, Index budget) {
-  constexpr Index kWindow = 32;
-  const Index rows = state.range(0);
-  const Layer layer = make_layer(shape, rows, kWindow);
-  const auto queries =
-      kvfold::head_major_queries(layer.queries.data(), shape.query_heads(), shape.key_dim, layer.positions);
-  const kvfold::Ems ems({.budget = {.rows = budget}});
-  kvfold::SerialExecutor executor;
-  kvfold::WorkspaceBuffer workspace;
-  const auto bytes = ems.workspace_bytes(layer.cache, queries, 1);
-  if (!bytes.ok() || !workspace.reserve(bytes.value()).ok()) return state.SkipWithError("workspace");
-  double floor = floor_seconds(shape, rows, kWindow, budget);
-  for (int i = 0; i < 4; ++i) floor = std::min(floor, floor_seconds(shape, rows, kWindow, budget));
-  double best = 1e9;
-  for (auto _ : state) {
-    const auto start = std::chrono::steady_clock::now();
-    const auto plan = ems.plan(layer.cache, queries, workspace.get(), executor);
-    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-    if (!plan.ok()) return state.SkipWithError("plan");
-    benchmark::DoNotOptimize(plan.value());
-  }
-  state.counters["rows/s"] =
-      benchmark::Counter(static_cast<double>(shape.kv_heads * rows), benchmark::Counter::kIsIterationInvariantRate);
-  state.counters["best/floor"] = best / floor;
-  state.counters["workspace_MB"] = static_cast<double>(bytes.value()) / 1e6;
-}
-
-BENCHMARK_CAPTURE(BM_PlanWindow, smollm2_135m, kvfold::LayerShape{3, 3, 64, 64}, 256)
-    ->Arg(2048)
-    ->Arg(8192)
-    ->Unit(benchmark::kMillisecond);
-BENCHMARK_CAPTURE(BM_PlanWindow, llama3_8b, kvfold::LayerShape{8, 4, 128, 128}, 1024)
-    ->Arg(8192)
-    ->Arg(32768)
-    ->Unit(benchmark::kMillisecond);
 
 }  // namespace
 
-BENCHMARK_MAIN();
+void register_benchmarks(const Settings& settings) {
+  for (const Model& model : kModels) {
+    for (const Index rows : kContexts) {
+      if (settings.quick && (rows > kContexts[0] || model.name != kSmolLm.name)) continue;
+      for (const Index threads : {1, 2}) {
+        add(name_of("end_to_end", model.name, "f16", rows, threads),
+            [=](benchmark::State& state) { compress(state, settings, model, rows, threads); });
+      }
+      add(name_of("shares", model.name, "f16", rows, 1),
+          [=](benchmark::State& state) { shares(state, settings, model, rows); });
+    }
+  }
+}
+
+}  // namespace kvfold::bench

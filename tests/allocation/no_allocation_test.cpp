@@ -1,8 +1,5 @@
 // In steady state the library allocates nothing: every call to the heap is counted while it works.
-//
-// On glibc, malloc and its siblings are replaced in this program, which is why these tests have one of their own. operator
-// new and Eigen's allocation end there as well; the first test shows it. Elsewhere, and under sanitizers, which bring a heap
-// of their own, the tests are skipped.
+// These tests have a program of their own because of how `heap_calls.hpp` counts. Where it cannot, they are skipped.
 #include <kvfold/attend.hpp>
 #include <kvfold/batch.hpp>
 #include <kvfold/compressor.hpp>
@@ -10,8 +7,6 @@
 #include <kvfold/exec/thread_pool.hpp>
 #include <kvfold/view/strided.hpp>
 
-#include <atomic>
-#include <cerrno>
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -19,85 +14,13 @@
 #include <gtest/gtest.h>
 
 #include "builders.hpp"
+#include "heap_calls.hpp"
 #include "paged_engine.hpp"
-
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
-#define COUNTS_HEAP_CALLS 0
-#endif
-#endif
-#if !defined(COUNTS_HEAP_CALLS) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define COUNTS_HEAP_CALLS 1
-#endif
-#ifndef COUNTS_HEAP_CALLS
-#define COUNTS_HEAP_CALLS 0
-#endif
-
-namespace {
-
-constinit std::atomic<bool> counting{false};
-constinit std::atomic<long> heap_calls{0};
-
-[[maybe_unused]] void note_heap_call() noexcept {
-  if (counting.load(std::memory_order_relaxed)) heap_calls.fetch_add(1, std::memory_order_relaxed);
-}
-
-}  // namespace
-
-#if COUNTS_HEAP_CALLS
-// NOLINTBEGIN(bugprone-reserved-identifier,readability-identifier-naming): the names of glibc
-extern "C" {
-void* __libc_malloc(std::size_t size) noexcept;
-void* __libc_calloc(std::size_t count, std::size_t size) noexcept;
-void* __libc_realloc(void* block, std::size_t size) noexcept;
-void* __libc_memalign(std::size_t alignment, std::size_t size) noexcept;
-void __libc_free(void* block) noexcept;
-
-void* malloc(std::size_t size) noexcept {
-  note_heap_call();
-  return __libc_malloc(size);
-}
-void* calloc(std::size_t count, std::size_t size) noexcept {
-  note_heap_call();
-  return __libc_calloc(count, size);
-}
-void* realloc(void* block, std::size_t size) noexcept {
-  note_heap_call();
-  return __libc_realloc(block, size);
-}
-void* memalign(std::size_t alignment, std::size_t size) noexcept {
-  note_heap_call();
-  return __libc_memalign(alignment, size);
-}
-void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept {
-  note_heap_call();
-  return __libc_memalign(alignment, size);
-}
-int posix_memalign(void** block, std::size_t alignment, std::size_t size) noexcept {
-  note_heap_call();
-  *block = __libc_memalign(alignment, size);
-  return *block == nullptr ? ENOMEM : 0;
-}
-void free(void* block) noexcept {
-  if (block != nullptr) note_heap_call();  // Eigen frees the null pointers of buffers that it did not need
-  __libc_free(block);
-}
-}
-// NOLINTEND(bugprone-reserved-identifier,readability-identifier-naming)
-#endif
 
 namespace kvfold {
 namespace {
 
-/// How often the heap was called, by any thread, while f ran.
-template <class F>
-long heap_calls_of(F f) {
-  heap_calls = 0;
-  counting = true;
-  f();
-  counting = false;
-  return heap_calls;
-}
+using test::heap_calls_of;
 
 class HeapTest : public testing::Test {
  protected:

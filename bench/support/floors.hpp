@@ -1,0 +1,136 @@
+/// \file
+/// What a machine can do at best, measured next to what is compared with it.
+#pragma once
+
+#include <kvfold/exec/thread_pool.hpp>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <vector>
+
+#include <Eigen/Core>
+#include <benchmark/benchmark.h>
+
+namespace kvfold::bench {
+
+using Clock = std::chrono::steady_clock;
+
+[[nodiscard]] inline double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+/// A product of an [m][k] and a transposed [n][k] matrix.
+struct Product {
+  Index m = 0, n = 0, k = 0;
+};
+
+/// What cannot be avoided. Arithmetic and memory traffic may overlap, so its floor is the longer of the two:
+/// max(read / read speed + copied / copy speed, flops / GEMM speed + exps / exp speed).
+struct Work {
+  double read_bytes = 0, copied_bytes = 0;
+  double flops = 0, exps = 0;
+  Product product = {};  ///< the shape that flops are measured with
+};
+
+/// Measures floors on the threads that do the work, all of them at the same time.
+class Floor {
+ public:
+  Floor(std::vector<Work> works, ThreadPool& pool) : works_(std::move(works)), pool_(pool) {
+    for (Index w = 0; w < pool.concurrency(); ++w) workers_.emplace_back(works_);
+  }
+
+  /// Seconds, from speeds that are measured now, for a few milliseconds each.
+  [[nodiscard]] double seconds() {
+    double sum = 0.0;
+    for (std::size_t i = 0; i < works_.size(); ++i) {
+      const Work& work = works_[i];
+      double memory = 0.0, arithmetic = 0.0;
+      if (work.read_bytes > 0) memory += work.read_bytes / speed([](Worker& w, std::size_t) { return w.read(); }, i);
+      if (work.copied_bytes > 0)
+        memory += work.copied_bytes / speed([](Worker& w, std::size_t) { return w.copy(); }, i);
+      if (work.flops > 0) {
+        // Of whole operands or of tiles that stay in the cache: whichever is faster here.
+        const double whole = speed([](Worker& w, std::size_t k) { return w.multiply(w.whole[k]); }, i);
+        const double tile = speed([](Worker& w, std::size_t k) { return w.multiply(w.tile[k]); }, i);
+        arithmetic += work.flops / std::max(whole, tile);
+      }
+      if (work.exps > 0) arithmetic += work.exps / speed([](Worker& w, std::size_t) { return w.exponentiate(); }, i);
+      sum += std::max(memory, arithmetic);
+    }
+    return sum;
+  }
+
+ private:
+  using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+  static constexpr std::size_t kBytes = std::size_t{64} << 20;  // more than caches hold
+  static constexpr double kSampleSeconds = 3e-3;
+
+  struct Operands {
+    explicit Operands(Product p)
+        : a(Matrix::Random(p.m, p.k)), b(Matrix::Random(p.n, p.k)), c(Matrix::Zero(p.m, p.n)) {}
+    Matrix a, b, c;
+  };
+
+  struct Worker {
+    explicit Worker(const std::vector<Work>& works) : numbers(Eigen::ArrayXf::Random(4096)), exps(4096) {
+      for (const Work& work : works) {
+        const Product p = work.product;
+        whole.emplace_back(Product{std::min<Index>(p.m, 512), std::min<Index>(p.n, 4096), p.k});
+        tile.emplace_back(Product{std::min<Index>(p.m, 64), std::min<Index>(p.n, 256), p.k});
+        if (work.read_bytes > 0 || work.copied_bytes > 0) from.resize(kBytes / sizeof(float), 1.f);
+        if (work.copied_bytes > 0) to.resize(kBytes / sizeof(float));
+      }
+    }
+
+    double read() {
+      const Eigen::Map<const Eigen::ArrayXf> x(from.data(), static_cast<Index>(from.size()));
+      benchmark::DoNotOptimize(x.sum());
+      return static_cast<double>(kBytes);
+    }
+    double copy() {
+      std::memcpy(to.data(), from.data(), kBytes);
+      benchmark::DoNotOptimize(to.data());
+      return static_cast<double>(kBytes);
+    }
+    static double multiply(Operands& o) {
+      o.c.noalias() = o.a * o.b.transpose();
+      benchmark::DoNotOptimize(o.c.data());
+      return 2.0 * static_cast<double>(o.a.rows()) * static_cast<double>(o.b.rows()) * static_cast<double>(o.a.cols());
+    }
+    double exponentiate() {
+      exps = numbers.exp();
+      benchmark::DoNotOptimize(exps.data());
+      return static_cast<double>(exps.size());
+    }
+
+    Eigen::ArrayXf numbers, exps;
+    std::vector<float> from, to;
+    std::vector<Operands> whole, tile;
+  };
+
+  /// Units per second of f, summed over the threads.
+  template <class F>
+  double speed(F f, std::size_t work) {
+    speeds_.assign(workers_.size(), 0.0);
+    auto task = [&](Index i, Index) noexcept {
+      const auto k = static_cast<std::size_t>(i);
+      double done = 0.0, spent = 0.0;
+      for (const auto start = Clock::now(); spent < kSampleSeconds; spent = seconds_since(start)) {
+        done += f(workers_[k], work);
+      }
+      speeds_[k] = done / spent;
+    };
+    pool_.run(static_cast<Index>(workers_.size()), task);
+    double sum = 0.0;
+    for (const double s : speeds_) sum += s;
+    return sum;
+  }
+
+  std::vector<Work> works_;
+  ThreadPool& pool_;
+  std::vector<Worker> workers_;
+  std::vector<double> speeds_;
+};
+
+}  // namespace kvfold::bench
