@@ -84,30 +84,55 @@ class AttendBlock {
   }
 
   void add_tile(Index t, Index n) noexcept {
-    for_parts(n, [&](Index first, Index m) { set_logits(t + first, m, s_.weights.data() + first); });
+    set_logits(t, n);
     set_weights(t, n);
-    for_parts(n, [&](Index first, Index m) { add_values(t + first, m, s_.weights.data() + first); });
+    add_values(t, n);
   }
 
-  /// Calls f(first, count) for parts of a tile: the floats of a part stay in the fastest cache until they are used.
-  template <class F>
-  void for_parts(Index n, F f) const noexcept {
-    const Index part = few_ ? kFewTile : n;
-    for (Index first = 0; first < n; first += part) f(first, std::min(part, n - first));
+  void set_logits(Index t, Index n) noexcept {
+    const Index width = shape_.key_dim;
+    if (!few_) {
+      return multiply_transposed(s_.queries.data(), width, count_, key_tile(view_, h_, t, n, s_.keys), width, n, width,
+                                 s_.weights.data(), kKeyTile);
+    }
+    const auto dots = [&](const auto* keys, Index first, Index m) {
+      few_dots(s_.queries.data(), width, count_, keys, m, width, s_.weights.data() + first, kKeyTile);
+    };
+    if constexpr (HasStoredRows<V>) {
+      if (read_in_lanes(view_.stored_keys(h_, t, n), [&](const auto* keys) { dots(keys, 0, n); })) return;
+    }
+    for (Index first = 0; first < n; first += kFewTile) {
+      const Index m = std::min(kFewTile, n - first);
+      dots(key_tile(view_, h_, t + first, m, s_.keys), first, m);
+    }
   }
 
-  void set_logits(Index t, Index n, float* logits) noexcept {
-    const float* keys = key_tile(view_, h_, t, n, s_.keys);
-    if (few_) return few_dots(s_.queries.data(), shape_.key_dim, count_, keys, n, shape_.key_dim, logits, kKeyTile);
-    multiply_transposed(s_.queries.data(), shape_.key_dim, count_, keys, shape_.key_dim, n, shape_.key_dim, logits,
-                        kKeyTile);
+  void add_values(Index t, Index n) noexcept {
+    const Index width = shape_.value_dim;
+    if (!few_) {
+      return add_product(s_.weights.data(), kKeyTile, count_, value_tile(view_, h_, t, n, s_.values), width, n, width,
+                         s_.out.data(), width);
+    }
+    const auto add = [&](const auto* values, Index first, Index m) {
+      add_few(s_.weights.data() + first, kKeyTile, count_, values, m, width, s_.out.data(), width);
+    };
+    if constexpr (HasStoredRows<V>) {
+      if (read_in_lanes(view_.stored_values(h_, t, n), [&](const auto* values) { add(values, 0, n); })) return;
+    }
+    for (Index first = 0; first < n; first += kFewTile) {
+      const Index m = std::min(kFewTile, n - first);
+      add(value_tile(view_, h_, t + first, m, s_.values), first, m);
+    }
   }
 
-  void add_values(Index t, Index n, const float* weights) noexcept {
-    const float* values = value_tile(view_, h_, t, n, s_.values);
-    if (few_) return add_few(weights, kKeyTile, count_, values, n, shape_.value_dim, s_.out.data(), shape_.value_dim);
-    add_product(weights, kKeyTile, count_, values, shape_.value_dim, n, shape_.value_dim, s_.out.data(),
-                shape_.value_dim);
+  /// Calls f(rows) where there are rows and they can be converted in registers. \returns whether it did.
+  template <Stored E, class F>
+  static bool read_in_lanes(const E* rows, F f) noexcept {
+    if constexpr (kHasLanes<E>) {
+      if (rows != nullptr) f(rows);
+      return rows != nullptr;
+    }
+    return false;
   }
 
   /// Logits to weights under the largest logit so far; what was summed under a smaller one is corrected.
