@@ -5,8 +5,8 @@
 #include <kvfold/exec/thread_pool.hpp>
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
+#include <ctime>
 #include <vector>
 
 #include <Eigen/Core>
@@ -14,11 +14,25 @@
 
 namespace kvfold::bench {
 
-using Clock = std::chrono::steady_clock;
+/// What is timed on one thread is timed in the thread's own processor time, so that other work on the machine is not counted;
+/// what is timed on several, in wall time.
+class Stopwatch {
+ public:
+  [[nodiscard]] double seconds() const { return now() - start_; }
 
-[[nodiscard]] inline double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
+  /// For all stopwatches that are started from now on.
+  static void set_threads(Index threads) { clock_ = threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC; }
+
+ private:
+  [[nodiscard]] static double now() {
+    timespec t{};
+    clock_gettime(clock_, &t);
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+  }
+
+  static inline clockid_t clock_ = CLOCK_MONOTONIC;
+  double start_ = now();
+};
 
 /// A product of an [m][k] and a transposed [n][k] matrix.
 struct Product {
@@ -116,7 +130,7 @@ class Floor {
     auto task = [&](Index i, Index) noexcept {
       const auto k = static_cast<std::size_t>(i);
       double done = 0.0, spent = 0.0;
-      for (const auto start = Clock::now(); spent < kSampleSeconds; spent = seconds_since(start)) {
+      for (const Stopwatch watch; spent < kSampleSeconds; spent = watch.seconds()) {
         done += f(workers_[k], work);
       }
       speeds_[k] = done / spent;

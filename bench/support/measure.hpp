@@ -51,15 +51,16 @@ struct Stage {
 /// Seconds of f, or -1 when it returns false.
 template <class F>
 [[nodiscard]] double timed(F f) {
-  const auto start = Clock::now();
+  const Stopwatch watch;
   const bool ok = f();
-  const double seconds = seconds_since(start);
+  const double seconds = watch.seconds();
   return ok ? seconds : -1.0;
 }
 
 /// Runs a stage and what it is compared with in turn. Counters, all of medians: seconds, spread ((p90 - p10) / median),
 /// floor_seconds and ratio (of each repetition to the floor measured with it), speedup, rates, heap calls of a run.
 inline void measure(benchmark::State& state, const Settings& settings, const Stage& stage, ThreadPool& pool) {
+  Stopwatch::set_threads(pool.concurrency());
   Floor floor(stage.works, pool);
   std::vector<double> seconds, floors, ratios, speedups;
   const auto repeat = [&] {

@@ -1,6 +1,8 @@
 #include <kvfold/budget/budget_policy.hpp>
 #include <kvfold/score/streaming_llm_scorer.hpp>
 
+#include <algorithm>
+#include <iterator>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -21,10 +23,11 @@ TEST(StreamingLlm, KeepsTheFirstSAndTheLastRowsOfAnyBudget) {
   const auto cache = make_cache({1, 1, 4, 4}, 30);
   const Scored scored = run_score(StreamingLlmScorer({.sinks = 4}), cache, NoEvidence{});
   for (const Index budget : {1, 3, 4, 5, 12, 30}) {
-    std::vector<RowId> rows(30);
-    detail::fill_row_ids(rows);
-    detail::select_best(rows, budget, detail::Ranking(scored.score, scored.protection));
-    rows.resize(static_cast<std::size_t>(budget));
+    std::vector<detail::Rank> ranks(30);
+    detail::rank_rows(scored.score, scored.protection, ranks);
+    detail::select_best(ranks, budget);
+    std::vector<RowId> rows;
+    std::transform(ranks.begin(), ranks.begin() + budget, std::back_inserter(rows), detail::row_of);
     std::sort(rows.begin(), rows.end());
     std::vector<RowId> wanted;
     for (Index t = 0; t < 30; ++t) {

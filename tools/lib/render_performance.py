@@ -166,7 +166,8 @@ def render(results):
     out = ["# Performance", "",
            "Made by `tools/bench`; every figure was measured, none is typed. Times are medians, \"spread\" is (90th - 10th percentile) / median. A floor is "
            "what a run cannot avoid, measured in turn with it, in the same process and on as many threads: max(bytes / memory speed, FLOPs / Eigen's "
-           "GEMM speed on operands of that shape + exps / Eigen's exp speed). Rows are made up; scores and classes depend on them, times of "
+           "GEMM speed on operands of that shape + exps / Eigen's exp speed). On one thread, time is the thread's own processor time, which other work on the "
+           "machine does not count in; on two it is wall time. Rows are made up; scores and classes depend on them, times of "
            "classes and merge therefore too.", ""]
     for key, value in results.machine.items():
         out.append(f"- {key}: {value}")

@@ -37,7 +37,7 @@ class AdaptiveHeadBudget {
   [[nodiscard]] RowLimits limits(Index heads) const noexcept { return {options_.rows * heads, options_.rows * heads}; }
   [[nodiscard]] static std::size_t workspace_bytes(Index rows) noexcept {
     detail::Arena arena;
-    static_cast<void>(arena.take<RowId>(rows));
+    static_cast<void>(arena.take<detail::Rank>(rows));
     static_cast<void>(arena.take<Claim>(rows));
     return arena.required_bytes();
   }
@@ -49,17 +49,19 @@ class AdaptiveHeadBudget {
     Index rows = 0;
     for (const ScoreTable& table : tables) rows += static_cast<Index>(table.score.size());
     detail::Arena arena(workspace);
-    const std::span<RowId> ids = arena.take<RowId>(rows);
+    const std::span<detail::Rank> ranks = arena.take<detail::Rank>(rows);
     const std::span<Claim> claims = arena.take<Claim>(rows);
     if (Status bad = detail::check(arena); !bad.ok()) return bad;
 
     Index left = std::min(options_.rows * static_cast<Index>(budgets.size()), rows);
     Index claim_count = 0, head = 0;
     for (const ScoreTable& table : tables) {
+      for (Index h = 0; h < table.heads(); ++h, ++head) left -= budgets[detail::at(head)] = floor_of(table, h);
+    }
+    head = 0;
+    for (const ScoreTable& table : tables) {
       for (Index h = 0; h < table.heads(); ++h, ++head) {
-        budgets[detail::at(head)] = floor_of(table, h);
-        left -= budgets[detail::at(head)];
-        claim_count = add_claims(table, h, head, budgets[detail::at(head)], ids, claims, claim_count);
+        claim_count = add_claims(table, h, head, budgets[detail::at(head)], left, ranks, claims, claim_count);
       }
     }
     const std::span<Claim> made = claims.first(detail::at(claim_count));
@@ -81,29 +83,43 @@ class AdaptiveHeadBudget {
     RowId row;
   };
 
+  [[nodiscard]] static Index protected_rows(std::span<const Protection> marks) noexcept {
+    Index count = 0;
+    for (const Protection p : marks) count += p != Protection::none ? 1 : 0;
+    return count;
+  }
+
   [[nodiscard]] Index floor_of(const ScoreTable& table, Index h) const noexcept {
-    const auto marks = table.protections(h);
-    const auto is_protected = static_cast<Index>(
-        std::count_if(marks.begin(), marks.end(), [](Protection p) { return p != Protection::none; }));
+    const Index is_protected = protected_rows(table.protections(h));
     const auto share = static_cast<Index>(std::ceil(options_.floor_share * static_cast<float>(options_.rows)));
     const Index floor = std::max({share, std::min(is_protected, options_.rows), Index{1}});
     return std::min({floor, options_.rows, table.rows(h)});
   }
 
-  static Index add_claims(const ScoreTable& table, Index h, Index head, Index floor, std::span<RowId> ids,
-                          std::span<Claim> claims, Index count) noexcept {
+  /// A head cannot get more than the `left` rows that are left for all: only its best so many beyond the floor claim, unless
+  /// protected rows are among them, which do not come in the order of their scores.
+  static Index add_claims(const ScoreTable& table, Index h, Index head, Index floor, Index left,
+                          std::span<detail::Rank> ranks, std::span<Claim> claims, Index count) noexcept {
     const auto scores = table.scores(h);
-    const auto mine = ids.first(scores.size());
-    detail::fill_row_ids(mine);
-    detail::select_best(mine, floor, detail::Ranking(scores, table.protections(h)));
     const auto marks = table.protections(h);
+    const auto mine = ranks.first(scores.size());
+    detail::rank_rows(scores, marks, mine);
+    const Index rest = table.rows(h) - floor;
+    const Index more = protected_rows(marks) > floor ? rest : std::min(left, rest);
+    detail::select_best(mine, floor + more);
+    detail::select_best(mine.first(detail::at(floor + more)), floor);
     double sum = 0.0;
-    for (std::size_t i = 0; i < mine.size(); ++i) {
-      const auto t = detail::at(mine[i]);  // protected rows that the floor does not hold claim like any other
-      if (marks[t] == Protection::none || i >= detail::at(floor)) sum += static_cast<double>(scores[t]);
+    for (std::size_t t = 0; t < scores.size(); ++t) {
+      if (marks[t] == Protection::none) sum += static_cast<double>(scores[t]);
+    }
+    for (const detail::Rank r :
+         mine.subspan(detail::at(floor))) {  // protected rows beyond the floor claim like any other
+      const auto t = detail::at(detail::row_of(r));
+      if (marks[t] != Protection::none) sum += static_cast<double>(scores[t]);
     }
     const double inverse = sum > 0.0 ? 1.0 / sum : 0.0;
-    for (const RowId t : mine.subspan(detail::at(floor))) {
+    for (const detail::Rank r : mine.subspan(detail::at(floor), detail::at(more))) {
+      const RowId t = detail::row_of(r);
       claims[detail::at(count++)] = {static_cast<float>(static_cast<double>(scores[detail::at(t)]) * inverse),
                                      static_cast<RowId>(head), t};
     }

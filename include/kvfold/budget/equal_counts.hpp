@@ -21,19 +21,19 @@ namespace kvfold::detail {
 
 /// Scratch for `equal_counts_cost`.
 struct EqualCountsScratch {
-  std::span<RowId> ids;      // [sum of T_h]
+  std::span<Rank> ranks;     // [sum of T_h]
   std::span<double> shares;  // [H]
 
   static EqualCountsScratch take(Arena& arena, Index heads, Index rows) noexcept {
     EqualCountsScratch s;
-    s.ids = arena.take<RowId>(rows);
+    s.ranks = arena.take<Rank>(rows);
     s.shares = arena.take<double>(heads);
     return s;
   }
 };
 
 /// The mean over heads of share_h(B_h) - share_h(count), where share_h(n) is what the n best rows of head h, in the order
-/// of `Ranking`, hold of the sum of its scores (1 where that is 0). Only the rows between the two counts are summed.
+/// of `Rank`, hold of the sum of its scores (1 where that is 0). Only the rows between the two counts are summed.
 /// O(T_h) per head.
 [[nodiscard]] inline float equal_counts_cost(const ScoreTable& table, std::span<const Index> budgets, Index count,
                                              const EqualCountsScratch& scratch, Executor auto& executor) noexcept {
@@ -41,15 +41,15 @@ struct EqualCountsScratch {
     scratch.shares[at(h)] = 0.0;
     if (budgets[at(h)] == count) return;
     const auto scores = table.scores(h);
-    const auto ids = scratch.ids.subspan(at(table.offset[at(h)]), scores.size());
+    const auto ranks = scratch.ranks.subspan(at(table.offset[at(h)]), scores.size());
     const Index fewer = std::min(budgets[at(h)], count), more = std::max(budgets[at(h)], count);
-    const Ranking better(scores, table.protections(h));
-    fill_row_ids(ids);
-    select_best(ids, more, better);
-    select_best(ids.first(at(more)), fewer, better);
+    rank_rows(scores, table.protections(h), ranks);
+    select_best(ranks, more);
+    select_best(ranks.first(at(more)), fewer);
     double all = 0.0, between = 0.0;
     for (const float s : scores) all += static_cast<double>(s);
-    for (const RowId t : ids.subspan(at(fewer), at(more - fewer))) between += static_cast<double>(scores[at(t)]);
+    for (const Rank r : ranks.subspan(at(fewer), at(more - fewer)))
+      between += static_cast<double>(scores[at(row_of(r))]);
     if (all > 0.0) scratch.shares[at(h)] = (budgets[at(h)] > count ? between : -between) / all;
   };
   executor.run(table.heads(), task);

@@ -23,19 +23,17 @@ struct QueryRange {
 struct ColumnScratch {
   std::span<float> queries;   // [kQueryTile][D]
   std::span<float> keys;      // [kKeyTile][D]
-  std::span<float> weights;   // [kQueryTile][T, or kKeyTile where log-sum-exps are given]
+  std::span<float> weights;   // [tiles, or 1 where log-sum-exps are given][kQueryTile][kKeyTile]
   std::span<float> tile_max;  // [tiles][kQueryTile]
   std::span<float> partial;   // [kKeyTile]
-  Index weight_stride = 0;
 
   static ColumnScratch take(Arena& arena, Index dim, Index rows, bool one_pass) noexcept {
     const Index tiles = (rows + kKeyTile - 1) / kKeyTile;
     ColumnScratch s;
     s.queries = arena.take<float>(kQueryTile, dim);
     s.keys = arena.take<float>(kKeyTile, dim);
-    s.weight_stride = one_pass ? kKeyTile : rows;
-    s.weights = arena.take<float>(kQueryTile, s.weight_stride);
-    s.tile_max = arena.take<float>(tiles, kQueryTile);
+    s.weights = arena.take<float>(one_pass ? 1 : tiles, kQueryTile, kKeyTile);
+    s.tile_max = arena.take<float>(one_pass ? 0 : tiles, kQueryTile);
     s.partial = arena.take<float>(kKeyTile);
     return s;
   }
@@ -105,71 +103,81 @@ class ColumnAccumulator {
     return column_count_ == 1 ? weight_ / static_cast<float>(group_) : weight_;
   }
 
-  /// Logits of the block for rows [t, t + n) into `out`, whose rows are `stride` floats apart.
-  Status logits(Index t, Index n, float* out, Index stride) noexcept {
+  /// Logits of the block for rows [t, t + n) into a tile of weights. Tiles lie one after the other in memory: rows of a whole
+  /// head's length would put a tile's rows a power of two apart, in the same few lines of the caches.
+  Status logits(Index t, Index n, float* out) noexcept {
     const float* keys = key_tile(view_, h_, t, n, s_.keys);
-    multiply_transposed(s_.queries.data(), dim_, count_, keys, dim_, n, dim_, out, stride);
-    if constexpr (HasLogMass<V>) add_log_masses(t, n, out, stride);
+    multiply_transposed(s_.queries.data(), dim_, count_, keys, dim_, n, dim_, out, kKeyTile);
+    if constexpr (HasLogMass<V>) add_log_masses(t, n, out);
     // A key that is not finite makes every logit in its column so: one row shows it.
     if (!all_finite(out, n)) return {StatusCode::not_finite, "keys", "has a NaN or an infinity", h_, t};
     return {};
   }
 
-  void add_log_masses(Index t, Index n, float* out, Index stride) noexcept {
+  void add_log_masses(Index t, Index n, float* out) noexcept {
     bool any = false;
     for (Index j = 0; j < n; ++j) {
       s_.partial[at(j)] = log_mass_of(view_, h_, t + j);
       any = any || s_.partial[at(j)] != 0.f;
     }
-    for (Index r = 0; any && r < count_; ++r) add(out + r * stride, s_.partial.data(), n);
+    for (Index r = 0; any && r < count_; ++r) add(out + r * kKeyTile, s_.partial.data(), n);
   }
 
   [[nodiscard]] Index visible_in(Index r, Index t, Index n) const noexcept {
     return std::clamp<Index>(visible_[at(r)] - t, 0, n);
   }
 
+  [[nodiscard]] float* weight_tile(Index t) const noexcept { return s_.weights.data() + t * kQueryTile; }
+
   Status two_step() noexcept {
     std::fill_n(row_max_, count_, -std::numeric_limits<float>::infinity());
     std::fill_n(row_sum_, count_, 0.f);
     for (Index t = 0; t < most_visible_; t += kKeyTile) {
       const Index n = std::min(kKeyTile, rows_ - t);
-      if (Status bad = logits(t, n, s_.weights.data() + t, s_.weight_stride); !bad.ok()) return bad;
+      float* tile = weight_tile(t);
+      float* tile_max = s_.tile_max.data() + t / kKeyTile * kQueryTile;
+      if (Status bad = logits(t, n, tile); !bad.ok()) return bad;
       for (Index r = 0; r < count_; ++r) {
+        float* w = tile + r * kKeyTile;
         const Index seen = visible_in(r, t, n);
+        std::fill(w + seen, w + n, 0.f);
+        tile_max[r] = -std::numeric_limits<float>::infinity();
         if (seen == 0) continue;
-        float* w = s_.weights.data() + r * s_.weight_stride + t;
-        const float tile_max = max_of(w, seen);
-        if (!std::isfinite(tile_max)) return {StatusCode::not_finite, "keys", "a logit overflows", h_, t};
-        const float sum = exp_shifted(w, seen, tile_max);
+        tile_max[r] = max_of(w, seen);
+        if (!std::isfinite(tile_max[r])) return {StatusCode::not_finite, "keys", "a logit overflows", h_, t};
+        const float sum = exp_shifted(w, seen, tile_max[r]);
         if (!std::isfinite(sum)) return {StatusCode::not_finite, "keys", "a logit overflows", h_, t};
-        const float new_max = std::max(row_max_[r], tile_max);
-        row_sum_[r] = row_sum_[r] * std::exp(row_max_[r] - new_max) + sum * std::exp(tile_max - new_max);
+        const float new_max = std::max(row_max_[r], tile_max[r]);
+        row_sum_[r] = row_sum_[r] * std::exp(row_max_[r] - new_max) + sum * std::exp(tile_max[r] - new_max);
         row_max_[r] = new_max;
-        s_.tile_max[at(t / kKeyTile * kQueryTile + r)] = tile_max;
       }
     }
     for (Index t = 0; t < most_visible_; t += kKeyTile) {
       const float* tile_max = s_.tile_max.data() + t / kKeyTile * kQueryTile;
-      const Index n = std::min(kKeyTile, rows_ - t);
-      add_tile(t, n, s_.weights.data() + t,
-               [&](Index r) { return row_weight() * std::exp(tile_max[r] - row_max_[r]) / row_sum_[r]; });
+      for (Index r = 0; r < count_; ++r) {
+        factor_[r] = row_sum_[r] > 0.f ? row_weight() * std::exp(tile_max[r] - row_max_[r]) / row_sum_[r] : 0.f;
+      }
+      add_tile(t, std::min(kKeyTile, rows_ - t), weight_tile(t));
     }
     return {};
   }
 
   Status one_step() noexcept {
     std::fill_n(row_sum_, count_, 0.f);
+    std::fill_n(factor_, count_, row_weight());
     for (Index t = 0; t < most_visible_; t += kKeyTile) {
       const Index n = std::min(kKeyTile, rows_ - t);
-      if (Status bad = logits(t, n, s_.weights.data(), s_.weight_stride); !bad.ok()) return bad;
+      if (Status bad = logits(t, n, s_.weights.data()); !bad.ok()) return bad;
       for (Index r = 0; r < count_; ++r) {
+        float* w = s_.weights.data() + r * kKeyTile;
         const Index seen = visible_in(r, t, n);
+        std::fill(w + seen, w + n, 0.f);
         if (seen == 0) continue;
         const auto q = static_cast<std::size_t>(h_ * group_ + group_of(r));
         const float lse = queries_.log_sum_exp[q * queries_.positions.size() + at(query_of(r))];
-        row_sum_[r] += exp_shifted(s_.weights.data() + r * s_.weight_stride, seen, lse);
+        row_sum_[r] += exp_shifted(w, seen, lse);
       }
-      add_tile(t, n, s_.weights.data(), [&](Index) { return row_weight(); });
+      add_tile(t, n, s_.weights.data());
     }
     // A softmax sums to 1: anything else means that the log-sum-exp is of other queries or keys.
     for (Index r = 0; r < count_; ++r) {
@@ -181,16 +189,15 @@ class ColumnAccumulator {
     return {};
   }
 
-  /// columns[t, t + n) += factor(r) * weights of row r. Summed over the block first: small numbers meet small ones.
-  template <class Factor>
-  void add_tile(Index t, Index n, const float* weights, Factor factor) noexcept {
+  /// columns[t, t + n) += factor of row r * weights of row r. Summed over the block first: small numbers meet small ones.
+  void add_tile(Index t, Index n, const float* weights) noexcept {
     for (Index c = 0; c < column_count_; ++c) {
+      // Rows of query head c are every G-th one of a block, whose first row may be of another head.
+      const Index step = column_count_ == 1 ? 1 : group_;
+      const Index first = column_count_ == 1 ? 0 : (c - first_ % group_ + group_) % group_;
       std::fill_n(s_.partial.data(), n, 0.f);
-      for (Index r = 0; r < count_; ++r) {
-        const Index seen = visible_in(r, t, n);
-        if (seen == 0 || (column_count_ > 1 && group_of(r) != c)) continue;
-        add_scaled(s_.partial.data(), weights + r * s_.weight_stride, seen, factor(r));
-      }
+      add_rows(weights + first * kKeyTile, step * kKeyTile, factor_ + first, step, (count_ - first + step - 1) / step,
+               n, s_.partial.data());
       add(columns_.data() + c * rows_ + t, s_.partial.data(), n);
     }
   }
@@ -207,6 +214,7 @@ class ColumnAccumulator {
   Index visible_[kQueryTile] = {};
   float row_max_[kQueryTile] = {};
   float row_sum_[kQueryTile] = {};
+  float factor_[kQueryTile] = {};
 };
 
 /// The earliest head's complaint, so that the status is the same for every executor.

@@ -57,6 +57,23 @@ inline void add_product(const float* a, Index a_stride, Index m, const float* b,
 [[nodiscard]] inline float max_of(const float* x, Index n) noexcept { return ConstFloats(x, n).maxCoeff(); }
 [[nodiscard]] inline float min_of(const float* x, Index n) noexcept { return ConstFloats(x, n).minCoeff(); }
 
+[[nodiscard]] inline float dot(const float* x, const float* y, Index n) noexcept {
+  return ConstFloats(x, n).matrix().dot(ConstFloats(y, n).matrix());
+}
+/// How many of x are above a number. A loop that compilers vectorise.
+[[nodiscard]] inline Index count_above(const float* x, Index n, float least) noexcept {
+  std::int32_t count = 0;
+  for (Index i = 0; i < n; ++i) count += x[i] > least ? 1 : 0;
+  return count;
+}
+/// Where they are; `places` has room for n. Without branches, since few are and nobody can foresee which.
+inline void places_above(const float* x, Index n, float least, RowId* places) noexcept {
+  for (Index i = 0; i < n; ++i) {
+    *places = static_cast<RowId>(i);
+    places += x[i] > least ? 1 : 0;
+  }
+}
+
 /// x = exp(x - shift); \returns the sum.
 inline float exp_shifted(float* x, Index n, float shift) noexcept {
   Floats v(x, n);
@@ -68,6 +85,21 @@ inline void scale(float* x, Index n, float factor) noexcept { Floats(x, n) *= fa
 inline void add(float* to, const float* x, Index n) noexcept { Floats(to, n) += ConstFloats(x, n); }
 inline void add_scaled(float* to, const float* x, Index n, float factor) noexcept {
   Floats(to, n) += factor * ConstFloats(x, n);
+}
+
+/// to[j] += sum over r of factor[r * factor_stride] * rows[r * row_stride + j], for `count` rows. Eight at a time: several rows
+/// are on their way from memory, and sums stay in registers meanwhile.
+inline void add_rows(const float* rows, Index row_stride, const float* factor, Index factor_stride, Index count,
+                     Index n, float* to) noexcept {
+  Index r = 0;
+  const auto row = [&](Index i) { return ConstFloats(rows + (r + i) * row_stride, n); };
+  const auto f = [&](Index i) { return factor[(r + i) * factor_stride]; };
+  Floats sum(to, n);
+  for (; r + 8 <= count; r += 8) {
+    sum += ((f(0) * row(0) + f(1) * row(1)) + (f(2) * row(2) + f(3) * row(3))) +
+           ((f(4) * row(4) + f(5) * row(5)) + (f(6) * row(6) + f(7) * row(7)));
+  }
+  for (; r < count; ++r) sum += f(0) * row(0);
 }
 
 /// x = max(x, 0) * max(y, 0).

@@ -46,7 +46,7 @@ struct Tiers {
   std::span<RowId> candidates;
   std::span<RowFate> fate;     // [sum of T_h]
   std::span<RowId> row_class;  // [sum of T_h]
-  std::span<RowId> ids;        // [sum of T_h] scratch of the ranking
+  std::span<Rank> ranks;       // [sum of T_h] scratch of the ranking
   std::span<float> share;      // [2 * H] kept and candidate share of the head's score
 
   [[nodiscard]] std::span<const RowId> kept_of(Index h) const noexcept {
@@ -80,7 +80,7 @@ struct Tiers {
   t.candidates = arena.take<RowId>(candidates);
   t.fate = arena.take<RowFate>(rows);
   t.row_class = arena.take<RowId>(rows);
-  t.ids = arena.take<RowId>(rows);
+  t.ranks = arena.take<Rank>(rows);
   t.share = arena.take<float>(2 * heads);
   return t;
 }
@@ -88,35 +88,34 @@ struct Tiers {
 /// Ranks one head and fills its part of the tiers.
 inline void rank_head(const ScoreTable& table, Index h, const CandidateRule& rule, const Tiers& tiers) noexcept {
   const auto scores = table.scores(h);
-  const Ranking better(scores, table.protections(h));
-  const auto ids = tiers.ids.subspan(at(tiers.row_offset[at(h)]), scores.size());
+  const auto ranks = tiers.ranks.subspan(at(tiers.row_offset[at(h)]), scores.size());
   const Index budget = tiers.kept_offset[at(h + 1)] - tiers.kept_offset[at(h)];
   Index room = tiers.candidate_offset[at(h + 1)] - tiers.candidate_offset[at(h)];
-  fill_row_ids(ids);
-  select_best(ids, budget, better);
-  const auto below = ids.subspan(at(budget));
+  rank_rows(scores, table.protections(h), ranks);
+  select_best(ranks, budget + room);
+  select_best(ranks.first(at(budget + room)), budget);
+  const auto above = ranks.first(at(budget)), below = ranks.subspan(at(budget), at(room));
 
   double all = 0.0, kept = 0.0, merged = 0.0;
   for (const float s : scores) all += static_cast<double>(s);
-  for (const RowId t : ids.first(at(budget))) kept += static_cast<double>(scores[at(t)]);
-  select_best(below, room, better);
+  for (const Rank r : above) kept += static_cast<double>(scores[at(row_of(r))]);
   if (rule.mass_share > 0.f) {
-    std::sort(below.begin(), below.begin() + room, better);
+    std::sort(below.begin(), below.end(), std::greater<>{});
     Index used = 0;
     for (double held = kept; used < room && held < static_cast<double>(rule.mass_share) * all; ++used) {
-      held += static_cast<double>(scores[at(below[at(used)])]);
+      held += static_cast<double>(scores[at(row_of(below[at(used)]))]);
     }
     room = used;
   }
-  for (const RowId t : below.first(at(room))) merged += static_cast<double>(scores[at(t)]);
+  for (const Rank r : below.first(at(room))) merged += static_cast<double>(scores[at(row_of(r))]);
   tiers.candidate_count[at(h)] = room;
   tiers.share[at(2 * h)] = static_cast<float>(all > 0.0 ? kept / all : 1.0);
   tiers.share[at(2 * h + 1)] = static_cast<float>(all > 0.0 ? merged / all : 0.0);
 
   const auto kept_rows = tiers.kept.subspan(at(tiers.kept_offset[at(h)]), at(budget));
   const auto candidate_rows = tiers.candidates.subspan(at(tiers.candidate_offset[at(h)]), at(room));
-  std::copy_n(ids.begin(), budget, kept_rows.begin());
-  std::copy_n(below.begin(), room, candidate_rows.begin());
+  std::transform(above.begin(), above.end(), kept_rows.begin(), row_of);
+  std::transform(below.begin(), below.begin() + room, candidate_rows.begin(), row_of);
   std::sort(kept_rows.begin(), kept_rows.end());
   std::sort(candidate_rows.begin(), candidate_rows.end());
   const auto fate = tiers.fate_of(h);

@@ -30,7 +30,10 @@ struct ClassProblem {
 ///
 /// All heads are one batch of equal tiles, `[H, max R, 1 + max C]`: heads that have fewer candidates or centres are padded,
 /// padding rows fall into class 0 and padding columns do not win. Tiles without a row in them cost nothing.
-/// Cost: 2 * R * C * (D + E) FLOPs per head; memory O(tile) per worker.
+///
+/// Values are compared first. A cosine of keys is at most 1, so keys are compared only where that of the values is above tau,
+/// and above the best centre so far: no class is another for it.
+/// Cost: 2 * R * C * E FLOPs per head, and at most 2 * R * C * D for the keys; memory O(tile) per worker.
 class ZeroClassBatcher {
  public:
   enum class KeySpace : unsigned char {
@@ -56,7 +59,7 @@ class ZeroClassBatcher {
   [[nodiscard]] static std::size_t workspace_bytes(const LayerShape& shape, Index max_candidates,
                                                    Index workers) noexcept {
     detail::Arena arena;
-    static_cast<void>(arena.take<Status>(shape.kv_heads, tiles_of(max_candidates)));
+    static_cast<void>(arena.take<Status>(shape.kv_heads, tiles_of(max_candidates, kPiece)));
     static_cast<void>(arena.take<Scratch>(workers));
     for (Index w = 0; w < workers; ++w) static_cast<void>(Scratch::take(arena, shape));
     return arena.required_bytes();
@@ -70,9 +73,11 @@ class ZeroClassBatcher {
     if (options_.key_space == KeySpace::unrotated) {
       if (Status bad = detail::check_rope(view); !bad.ok()) return bad;
     }
-    const Index tiles = tiles_of(problem.max_candidates);
+    const Index tile = tile_for(shape.kv_heads, problem.max_candidates);
+    const Index tiles = tiles_of(problem.max_candidates, tile);
     detail::Arena arena(workspace);
-    const std::span<Status> status = arena.take<Status>(shape.kv_heads, tiles);
+    const std::span<Status> status = arena.take<Status>(shape.kv_heads, tiles_of(problem.max_candidates, kPiece))
+                                         .first(detail::at(shape.kv_heads * tiles));
     const auto workers = static_cast<Index>(executor.concurrency());
     const std::span<Scratch> scratch = arena.take<Scratch>(workers);
     for (Index w = 0; w < workers; ++w) {
@@ -82,9 +87,9 @@ class ZeroClassBatcher {
     if (Status bad = detail::check(arena); !bad.ok()) return bad;
 
     auto task = [&](Index i, Index worker) noexcept {
-      const Index h = i / tiles, first = i % tiles * kTile;
-      const Index rows = std::clamp<Index>(problem.candidate_count[detail::at(h)] - first, 0, kTile);
-      const Index padded = std::min(kTile, problem.max_candidates - first);
+      const Index h = i / tiles, first = i % tiles * tile;
+      const Index rows = std::clamp<Index>(problem.candidate_count[detail::at(h)] - first, 0, tile);
+      const Index padded = std::min(tile, problem.max_candidates - first);
       const auto out = classes.subspan(detail::at(h * problem.max_candidates + first), detail::at(padded));
       std::fill(out.begin(), out.end(), RowId{0});
       const auto mine = problem.candidates.subspan(detail::at(problem.candidate_offset[detail::at(h)]),
@@ -104,38 +109,52 @@ class ZeroClassBatcher {
   }
 
  private:
-  static constexpr Index kTile = detail::kQueryTile;  // candidates
+  static constexpr Index kPiece = detail::kQueryTile;  // candidates of one product
+  static constexpr Index kMostPieces = 4;              // of a tile: what of the centres is loaded serves them all
+  static constexpr Index kTasks = 16;                  // tiles of a layer that are better than large ones
   static constexpr Index kCentreTile = detail::kKeyTile;
   /// Products round by their place in a tile, so what is closer than fp32 can tell is a tie.
   static constexpr float kTie = 1e-6f;
+  /// More than by what the rounded cosine of two unit vectors may be above 1.
+  static constexpr float kMostCosine = 1.f + 1e-5f;
+  /// One product of all keys of a piece and a centre tile costs as much as the pairs of this share one by one.
+  static constexpr Index kPairShare = 4;
 
   struct Scratch {
-    std::span<float> keys, values;                // [kTile][D], [kTile][E]
+    std::span<float> keys, values;                // [kMostPieces * kPiece][D], [kMostPieces * kPiece][E]
     std::span<float> centre_keys, centre_values;  // [kCentreTile][D], [kCentreTile][E]
-    std::span<float> key_sim, value_sim;          // [kTile][kCentreTile]
-    std::span<float> inverse;                     // [kCentreTile]
-    std::span<float> best;                        // [kTile]
+    std::span<float> key_sim, value_sim;          // [kPiece][kCentreTile]
+    std::span<float> inverse;                     // [kMostPieces * kPiece]
+    std::span<float> best;                        // [kMostPieces * kPiece]
 
     static Scratch take(detail::Arena& arena, const LayerShape& shape) noexcept {
+      constexpr Index most = kMostPieces * kPiece;
+      static_assert(most >= kCentreTile);
       Scratch s;
-      s.keys = arena.take<float>(kTile, shape.key_dim);
-      s.values = arena.take<float>(kTile, shape.value_dim);
+      s.keys = arena.take<float>(most, shape.key_dim);
+      s.values = arena.take<float>(most, shape.value_dim);
       s.centre_keys = arena.take<float>(kCentreTile, shape.key_dim);
       s.centre_values = arena.take<float>(kCentreTile, shape.value_dim);
-      s.key_sim = arena.take<float>(kTile, kCentreTile);
-      s.value_sim = arena.take<float>(kTile, kCentreTile);
-      s.inverse = arena.take<float>(kCentreTile);
-      s.best = arena.take<float>(kTile);
+      s.key_sim = arena.take<float>(kPiece, kCentreTile);
+      s.value_sim = arena.take<float>(kPiece, kCentreTile);
+      s.inverse = arena.take<float>(most);
+      s.best = arena.take<float>(most);
       return s;
     }
   };
 
-  [[nodiscard]] static constexpr Index tiles_of(Index candidates) noexcept { return (candidates + kTile - 1) / kTile; }
+  [[nodiscard]] static constexpr Index tiles_of(Index candidates, Index tile) noexcept {
+    return (candidates + tile - 1) / tile;
+  }
+  /// Candidates of a tile: whole pieces, as many as leave `kTasks` tiles. Not a matter of how many workers there are.
+  [[nodiscard]] static constexpr Index tile_for(Index heads, Index candidates) noexcept {
+    const Index pieces = heads * tiles_of(candidates, kPiece) / kTasks;
+    return kPiece * std::clamp<Index>(pieces, 1, kMostPieces);
+  }
 
   template <KVCacheView V>
   Status assign_tile(const V& view, Index h, std::span<const RowId> candidates, std::span<const RowId> centres,
                      const Scratch& s, std::span<RowId> out) const noexcept {
-    const LayerShape shape = view.shape();
     const auto rows = static_cast<Index>(candidates.size());
     if (Status bad = load_directions(view, h, candidates, s.keys, s.values, s.inverse); !bad.ok()) return bad;
     std::fill_n(s.best.begin(), rows, options_.tau);
@@ -143,23 +162,61 @@ class ZeroClassBatcher {
       const Index count = std::min(kCentreTile, static_cast<Index>(centres.size()) - first);
       const auto tile = centres.subspan(detail::at(first), detail::at(count));
       if (Status bad = load_directions(view, h, tile, s.centre_keys, s.centre_values, s.inverse); !bad.ok()) return bad;
-      detail::multiply_transposed(s.keys.data(), shape.key_dim, rows, s.centre_keys.data(), shape.key_dim, count,
-                                  shape.key_dim, s.key_sim.data(), kCentreTile);
-      detail::multiply_transposed(s.values.data(), shape.value_dim, rows, s.centre_values.data(), shape.value_dim,
-                                  count, shape.value_dim, s.value_sim.data(), kCentreTile);
-      for (Index j = 0; j < rows; ++j) {
-        float* sim = s.key_sim.data() + j * kCentreTile;
-        detail::multiply_clamped(sim, s.value_sim.data() + j * kCentreTile, count);
-        const float most = detail::max_of(sim, count);
-        const float best = s.best[detail::at(j)];
-        if (most <= best + (out[detail::at(j)] == 0 ? 0.f : kTie)) continue;
-        const float least = std::max(most - kTie, best);
-        s.best[detail::at(j)] = most;
-        const Index winner = std::find_if(sim, sim + count, [&](float x) { return x >= most || x > least; }) - sim;
-        out[detail::at(j)] = static_cast<RowId>(first + winner + 1);
+      for (Index row = 0; row < rows; row += kPiece) {
+        compare(view.shape(), s, row, std::min(kPiece, rows - row), first, count, out);
       }
     }
     return {};
+  }
+
+  /// Candidates [row, row + rows) of the tile with the `count` centres that are loaded, of which `first` is the first.
+  static void compare(const LayerShape& shape, const Scratch& s, Index row, Index rows, Index first, Index count,
+                      std::span<RowId> out) noexcept {
+    const float* keys = s.keys.data() + row * shape.key_dim;
+    detail::multiply_transposed(s.values.data() + row * shape.value_dim, shape.value_dim, rows, s.centre_values.data(),
+                                shape.value_dim, count, shape.value_dim, s.value_sim.data(), kCentreTile);
+    const auto least_of = [&](Index j) { return s.best[detail::at(row + j)] / kMostCosine; };
+    Index pairs = 0, above[kPiece];
+    for (Index j = 0; j < rows; ++j) {
+      pairs += above[j] = detail::count_above(s.value_sim.data() + j * kCentreTile, count, least_of(j));
+    }
+    if (pairs == 0) return;
+    const bool all = pairs * kPairShare > rows * count;
+    if (all) {
+      detail::multiply_transposed(keys, shape.key_dim, rows, s.centre_keys.data(), shape.key_dim, count, shape.key_dim,
+                                  s.key_sim.data(), kCentreTile);
+    }
+    for (Index j = 0; j < rows; ++j) {
+      float* sim = s.key_sim.data() + j * kCentreTile;
+      const float* value_sim = s.value_sim.data() + j * kCentreTile;
+      float& best = s.best[detail::at(row + j)];
+      RowId& winner = out[detail::at(row + j)];
+      if (all) {
+        detail::multiply_clamped(sim, value_sim, count);
+        if (const Index c = choose(sim, count, best, winner); c >= 0) winner = static_cast<RowId>(first + c + 1);
+      } else if (above[j] > 0) {
+        RowId places[kCentreTile];
+        detail::places_above(value_sim, count, least_of(j), places);
+        for (Index i = 0; i < above[j]; ++i) {
+          const float key_sim =
+              detail::dot(keys + j * shape.key_dim, s.centre_keys.data() + places[i] * shape.key_dim, shape.key_dim);
+          sim[i] = std::max(key_sim, 0.f) * std::max(value_sim[places[i]], 0.f);
+        }
+        if (const Index i = choose(sim, above[j], best, winner); i >= 0) {
+          winner = static_cast<RowId>(first + places[i] + 1);
+        }
+      }
+    }
+  }
+
+  /// The first of `count` similarities that is the largest, ties included, if it beats the best so far, which it then is;
+  /// else -1.
+  static Index choose(const float* sim, Index count, float& best, RowId winner) noexcept {
+    const float most = detail::max_of(sim, count);
+    if (most <= best + (winner == 0 ? 0.f : kTie)) return -1;
+    const float least = std::max(most - kTie, best);
+    best = most;
+    return std::find_if(sim, sim + count, [&](float x) { return x >= most || x > least; }) - sim;
   }
 
   /// Rows scaled to unit length; zero rows stay zero.
