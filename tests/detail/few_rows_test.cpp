@@ -24,7 +24,9 @@ class FewRows : public testing::TestWithParam<std::tuple<Index, Index>> {
 };
 
 /// Within rounding of the sum of the products' magnitudes.
-void expect_near(float got, double wanted, double magnitude) { EXPECT_LE(std::abs(got - wanted), 1e-6 * magnitude); }
+void expect_near(float got, double wanted, double magnitude) {
+  EXPECT_LE(std::abs(static_cast<double>(got) - wanted), 1e-6 * magnitude);
+}
 
 TEST_P(FewRows, DotsAreThoseOfEveryPairAndNothingElseIsWritten) {
   for (const Index n : {1, 2, 3, 5, 15, 16, 17, 40}) {
@@ -73,6 +75,43 @@ TEST_P(FewRows, ProductsAreAddedToWhatIsThereAndNothingElseIsWritten) {
 INSTANTIATE_TEST_SUITE_P(Sizes, FewRows,
                          testing::Combine(testing::Values(1, 2, 3, 4, 5, 6, 7, 8, 11, 16),
                                           testing::Values(1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 64, 80, 128, 144)));
+
+/// Types that are converted in registers, against the same rows read as floats.
+template <class E>
+class FewStoredRows : public testing::Test {};
+using LaneTypes = testing::Types<float, BFloat16, Float16, BlockQ8_0>;
+TYPED_TEST_SUITE(FewStoredRows, LaneTypes);
+
+TYPED_TEST(FewStoredRows, AreMultipliedAsTheFloatsThatTheyMean) {
+  if constexpr (!detail::kHasLanes<TypeParam>) {
+    GTEST_SKIP() << "no instructions for this type on this target";
+  } else {
+    Random random(5);
+    for (const Index width : {32, 64, 96, 128, 160, 20, 33}) {
+      if (!detail::width_fits<TypeParam>(width)) continue;
+      for (const Index n : {1, 7, 33}) {
+        const Index units = detail::row_units<TypeParam>(width);
+        const auto numbers = normals(n * width, random), a = normals(4 * width, random), w = normals(4 * n, random);
+        std::vector<TypeParam> stored(at(n * units));
+        std::vector<float> floats(at(n * width));
+        for (Index i = 0; i < n; ++i) {
+          detail::write_row<TypeParam>(numbers.data() + i * width, width, stored.data() + i * units, 1, nullptr);
+        }
+        detail::read_rows<TypeParam>(stored.data(), units, 1, n, width, nullptr, 0, floats.data());
+        for (const Index m : {1, 2, 3, 4}) {
+          SCOPED_TRACE(testing::Message() << "width " << width << ", n " << n << ", m " << m);
+          std::vector<float> got(at(m * n)), expected(at(m * n)), sums(at(m * width), 1.f), expected_sums = sums;
+          detail::few_dots(a.data(), width, m, stored.data(), n, width, got.data(), n);
+          detail::few_dots(a.data(), width, m, floats.data(), n, width, expected.data(), n);
+          EXPECT_EQ(got, expected);
+          detail::add_few(w.data(), n, m, stored.data(), n, width, sums.data(), width);
+          detail::add_few(w.data(), n, m, floats.data(), n, width, expected_sums.data(), width);
+          EXPECT_EQ(sums, expected_sums);
+        }
+      }
+    }
+  }
+}
 
 TEST(FewRowsNumbers, ARowWithNanSpoilsItsOwnProductsOnly) {
   constexpr Index m = 3, n = 9, width = 20;
