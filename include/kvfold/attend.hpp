@@ -210,7 +210,8 @@ class AttendBlock {
 /// A query sees the rows of its KV head whose position is at most its own: causal among new rows whose keys are in the cache
 /// already. This is what an engine without ragged heads needs to use a compressed cache; the tests hold plans against it.
 /// `out` must not overlap the queries. Keys and values are not searched for NaN, and one in a row that a query cannot see
-/// may still reach it when another query of the same call sees that row. Cost: 2 * rows * G * T * (D + E) FLOPs per head; memory O(tile) per worker.
+/// may still reach it when another query of the same call sees that row. That positions ascend is the view's promise: only
+/// O(log T) of them are looked at; log masses are all checked. Cost: 2 * rows * G * T * (D + E) FLOPs per head; memory O(tile) per worker.
 template <KVCacheView V, Executor X>
 Status attend(const V& view, const QueryRows& queries, const AttentionOutput& out, Workspace workspace,
               X& executor) noexcept {

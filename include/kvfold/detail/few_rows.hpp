@@ -12,20 +12,10 @@
 #include <utility>
 
 #include "kvfold/detail/row_codec.hpp"
+#include "kvfold/detail/wide_loads.hpp"
 #include "kvfold/types.hpp"
 
 namespace kvfold::detail {
-
-#if defined(__AVX512F__)
-inline constexpr Index kLanes = 16;
-#elif defined(__AVX__)
-inline constexpr Index kLanes = 8;
-#else
-inline constexpr Index kLanes = 4;
-#endif
-
-/// As many floats as the target's registers hold.
-using Lanes [[gnu::vector_size(kLanes * sizeof(float))]] = float;
 
 using LanesInMemory [[gnu::vector_size(kLanes * sizeof(float)), gnu::aligned(alignof(float)), gnu::may_alias]] = float;
 
@@ -33,7 +23,9 @@ using LanesInMemory [[gnu::vector_size(kLanes * sizeof(float)), gnu::aligned(ali
 [[nodiscard]] inline Lanes load_lanes(const float* from) noexcept {
   return *reinterpret_cast<const LanesInMemory*>(from);
 }
-/// Whether rows of E can be read by `load_lanes`.
+inline void store_lanes(Lanes x, float* to) noexcept { *reinterpret_cast<LanesInMemory*>(to) = x; }
+
+/// Whether rows of E can be read by `load_lanes_of`.
 template <Stored E>
 inline constexpr bool kHasLanes = std::same_as<E, float> || std::same_as<E, BFloat16> ||
                                   ((std::same_as<E, Float16> || std::same_as<E, BlockQ8_0>)&&kHasWideLoads);
@@ -49,23 +41,11 @@ template <Stored E>
     Halves halves;
     std::memcpy(&halves, row + d, sizeof halves);
     return std::bit_cast<Lanes>(__builtin_convertvector(halves, Words) << 16);
-#if defined(__AVX512F__)
   } else if constexpr (std::same_as<E, Float16>) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + d)));
+    return load_f16_lanes(row + d);
   } else {
     const BlockQ8_0& block = row[d / kBlockSize];
-    const __m128i bytes = load_16_bytes(block.values.data() + d % kBlockSize);
-    const __m256i scale = _mm256_set1_epi16(std::bit_cast<std::int16_t>(block.scale.bits));
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), _mm512_cvtph_ps(scale));
-#elif defined(__AVX2__) && defined(__F16C__)
-  } else if constexpr (std::same_as<E, Float16>) {
-    return _mm256_cvtph_ps(load_16_bytes(row + d));
-  } else {
-    const BlockQ8_0& block = row[d / kBlockSize];
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(block.values.data() + d % kBlockSize));
-    const __m128i scale = _mm_set1_epi16(std::bit_cast<std::int16_t>(block.scale.bits));
-    return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtph_ps(scale));
-#endif
+    return load_i8_lanes(block.values.data() + d % kBlockSize, block.scale.bits);
   }
 }
 
@@ -90,8 +70,6 @@ void fetch_ahead(const E* from, Index bytes) noexcept {
     __builtin_prefetch(reinterpret_cast<const void*>(address + static_cast<std::uintptr_t>(i)));
   }
 }
-
-inline void store_lanes(Lanes x, float* to) noexcept { *reinterpret_cast<LanesInMemory*>(to) = x; }
 
 /// Adds the lower half of every segment to its upper half: the segments of x, then those of y, half as wide as before.
 template <Index kSegment, std::size_t... i>
