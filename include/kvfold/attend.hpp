@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "kvfold/detail/arena.hpp"
+#include "kvfold/detail/few_rows.hpp"
 #include "kvfold/detail/linalg.hpp"
 #include "kvfold/detail/rows.hpp"
 #include "kvfold/evidence/query_rows.hpp"
@@ -22,6 +23,11 @@ struct AttentionOutput {
 };
 
 namespace detail {
+
+/// Query rows up to which `few_dots` and `add_few` are as fast as Eigen's products, and rows of the cache that are
+/// converted for them at a time.
+inline constexpr Index kFewQueries = 16;
+inline constexpr Index kFewTile = 16;
 
 /// Scratch of one worker of `attend`.
 struct AttendScratch {
@@ -63,6 +69,7 @@ class AttendBlock {
  private:
   void load(Index first, Index count) noexcept {
     count_ = count;
+    few_ = count <= kFewQueries;
     most_visible_ = 0;
     for (Index r = 0; r < count; ++r) {
       const Index i = (first + r) / shape_.group_size, g = (first + r) % shape_.group_size;
@@ -77,9 +84,59 @@ class AttendBlock {
   }
 
   void add_tile(Index t, Index n) noexcept {
-    const float* keys = key_tile(view_, h_, t, n, s_.keys);
-    multiply_transposed(s_.queries.data(), shape_.key_dim, count_, keys, shape_.key_dim, n, shape_.key_dim,
-                        s_.weights.data(), kKeyTile);
+    set_logits(t, n);
+    set_weights(t, n);
+    add_values(t, n);
+  }
+
+  void set_logits(Index t, Index n) noexcept {
+    const Index width = shape_.key_dim;
+    if (!few_) {
+      return multiply_transposed(s_.queries.data(), width, count_, key_tile(view_, h_, t, n, s_.keys), width, n, width,
+                                 s_.weights.data(), kKeyTile);
+    }
+    const auto dots = [&](const auto* keys, Index first, Index m) {
+      few_dots(s_.queries.data(), width, count_, keys, m, width, s_.weights.data() + first, kKeyTile);
+    };
+    if constexpr (HasStoredRows<V>) {
+      if (read_in_lanes(view_.stored_keys(h_, t, n), [&](const auto* keys) { dots(keys, 0, n); })) return;
+    }
+    for (Index first = 0; first < n; first += kFewTile) {
+      const Index m = std::min(kFewTile, n - first);
+      dots(key_tile(view_, h_, t + first, m, s_.keys), first, m);
+    }
+  }
+
+  void add_values(Index t, Index n) noexcept {
+    const Index width = shape_.value_dim;
+    if (!few_) {
+      return add_product(s_.weights.data(), kKeyTile, count_, value_tile(view_, h_, t, n, s_.values), width, n, width,
+                         s_.out.data(), width);
+    }
+    const auto add = [&](const auto* values, Index first, Index m) {
+      add_few(s_.weights.data() + first, kKeyTile, count_, values, m, width, s_.out.data(), width);
+    };
+    if constexpr (HasStoredRows<V>) {
+      if (read_in_lanes(view_.stored_values(h_, t, n), [&](const auto* values) { add(values, 0, n); })) return;
+    }
+    for (Index first = 0; first < n; first += kFewTile) {
+      const Index m = std::min(kFewTile, n - first);
+      add(value_tile(view_, h_, t + first, m, s_.values), first, m);
+    }
+  }
+
+  /// Calls f(rows) where there are rows and they can be converted in registers. \returns whether it did.
+  template <Stored E, class F>
+  static bool read_in_lanes(const E* rows, F f) noexcept {
+    if constexpr (kHasLanes<E>) {
+      if (rows != nullptr) f(rows);
+      return rows != nullptr;
+    }
+    return false;
+  }
+
+  /// Logits to weights under the largest logit so far; what was summed under a smaller one is corrected.
+  void set_weights(Index t, Index n) noexcept {
     const bool any_mass = load_masses(t, n);
     for (Index r = 0; r < count_; ++r) {
       float* w = s_.weights.data() + r * kKeyTile;
@@ -93,9 +150,6 @@ class AttendBlock {
       if (correction != 1.f) scale(s_.out.data() + r * shape_.value_dim, shape_.value_dim, correction);
       max_[r] = new_max;
     }
-    const float* values = value_tile(view_, h_, t, n, s_.values);
-    add_product(s_.weights.data(), kKeyTile, count_, values, shape_.value_dim, n, shape_.value_dim, s_.out.data(),
-                shape_.value_dim);
   }
 
   bool load_masses(Index t, Index n) noexcept {
@@ -125,6 +179,7 @@ class AttendBlock {
   const AttendScratch& s_;
   LayerShape shape_;
   Index count_ = 0, most_visible_ = 0;
+  bool few_ = false;
   Index visible_[kQueryTile] = {};
   float max_[kQueryTile] = {};
   float sum_[kQueryTile] = {};
@@ -155,11 +210,13 @@ class AttendBlock {
 /// A query sees the rows of its KV head whose position is at most its own: causal among new rows whose keys are in the cache
 /// already. This is what an engine without ragged heads needs to use a compressed cache; the tests hold plans against it.
 /// `out` must not overlap the queries. Keys and values are not searched for NaN, and one in a row that a query cannot see
-/// may still reach it when another query of the same call sees that row. Cost: 2 * rows * G * T * (D + E) FLOPs per head; memory O(tile) per worker.
+/// may still reach it when another query of the same call sees that row. That positions ascend is the view's promise: only
+/// O(log T) of them are looked at; log masses are all checked. Cost: 2 * rows * G * T * (D + E) FLOPs per head; memory O(tile) per worker.
 template <KVCacheView V, Executor X>
 Status attend(const V& view, const QueryRows& queries, const AttentionOutput& out, Workspace workspace,
               X& executor) noexcept {
-  if (Status bad = detail::check_view(view); !bad.ok()) return bad;
+  if (Status bad = detail::check_sizes(view); !bad.ok()) return bad;
+  if (Status bad = detail::check_log_masses(view); !bad.ok()) return bad;
   const LayerShape shape = view.shape();
   if (Status bad = detail::check_queries(queries, shape); !bad.ok()) return bad;
   if (out.data == nullptr) return {StatusCode::invalid_argument, "out", "data is null"};

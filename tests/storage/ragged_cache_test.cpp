@@ -358,6 +358,12 @@ TYPED_TEST(RaggedCacheTest, FloatRowsAreUsedInPlaceAndOthersAreNot) {
   EXPECT_EQ(cache.value_rows(1, 2, 2) != nullptr, (std::same_as<typename TypeParam::Value, float>));
 }
 
+TYPED_TEST(RaggedCacheTest, RowsAreGivenAsTheyAreStored) {
+  auto cache = TestFixture::make(4);
+  EXPECT_EQ(to_float(cache.stored_keys(1, 2, 2)[kShape.key_dim]), key_of(1, 3, 0));
+  EXPECT_EQ(to_float(cache.stored_values(1, 2, 2)[kShape.value_dim]), value_of(1, 3, 0));
+}
+
 TYPED_TEST(RaggedCacheTest, ReservedRoomMakesAppendingFreeOfAllocation) {
   auto cache = TestFixture::make(2);
   ASSERT_TRUE(cache.reserve(30).ok());

@@ -39,7 +39,8 @@ struct NarrowView : MinimalView {
 static_assert(KVCacheView<MinimalView> && KVCacheView<NarrowView>);
 static_assert(!MutableKVCacheView<MinimalView>);
 static_assert(!HasLogMass<MinimalView> && !HasWritableLogMass<MinimalView> && !MayLackLogMass<MinimalView>);
-static_assert(!HasContiguousRows<MinimalView> && !HasRope<MinimalView>);
+static_assert(!HasContiguousRows<MinimalView> && !HasStoredRows<MinimalView> && !HasRope<MinimalView>);
+static_assert(HasStoredRows<RaggedCache<Float16, BlockQ8_0>>);
 static_assert(!HasLiveBytes<MinimalView> && !HasOwnCheck<MinimalView>);
 static_assert(HasLiveBytes<RaggedCache<float>>);
 static_assert(!HasRowBytes<MinimalView> && !HasRowCounts<MinimalView> && !HasChannelRotation<MinimalView>);

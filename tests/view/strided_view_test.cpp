@@ -232,6 +232,23 @@ TYPED_TEST(StridedViewTest, OnlyFloatRowsThatFollowEachOtherAreUsedInPlace) {
   }
 }
 
+TYPED_TEST(StridedViewTest, RowsThatFollowEachOtherAreGivenAsTheyAreStored) {
+  for (const Order keys : kOrders) {
+    for (const Order values : kOrders) {
+      typename TestFixture::TestedEngine engine(keys, values);
+      const auto view = engine.view();
+      ASSERT_EQ(view.stored_keys(2, 5, 10) != nullptr, keys == Order::head_major);
+      ASSERT_EQ(view.stored_values(2, 5, 10) != nullptr, values == Order::head_major);
+      for (Index i = 0; i < 10 * kKeyDim && keys == Order::head_major; ++i) {
+        ASSERT_EQ(to_float(view.stored_keys(2, 5, 10)[i]), element(2, 5 + i / kKeyDim, i % kKeyDim, 0));
+      }
+      for (Index i = 0; i < 10 * kValueDim && values == Order::head_major; ++i) {
+        ASSERT_EQ(to_float(view.stored_values(2, 5, 10)[i]), element(2, 5 + i / kValueDim, i % kValueDim, 100));
+      }
+    }
+  }
+}
+
 TYPED_TEST(StridedViewTest, ResizeChangesTheCountOfOneHead) {
   TestFixture::for_orders([](auto& engine) {
     engine.view().resize(1, 9);
@@ -336,6 +353,13 @@ TEST(StridedViewOfConst, CanBeReadButNotWritten) {
   view.read_values(2, 30, 1, row);
   EXPECT_EQ(row[3], element(2, 30, 3, 100));
   EXPECT_NE(view.key_rows(0, 0, 1), nullptr);
+}
+
+TEST(StridedViewOfFloats, PaddedRowsAreNotGivenAsTheyAreStored) {
+  FloatEngine engine(Strides{.head = kKeyDim, .token = kHeads * kKeyDim, .dim = 1},
+                     Strides{.head = kValueDim, .token = kHeads * kValueDim, .dim = 1});
+  EXPECT_EQ(engine.view().stored_keys(0, 0, 1), nullptr);
+  EXPECT_EQ(engine.view().stored_values(0, 0, 1), nullptr);
 }
 
 // --- Blocks and scales -----------------------------------------------------------------------------------------
@@ -531,6 +555,12 @@ TEST(StridedViewOfBlocks, IsCompressedInPlace) {
   EXPECT_EQ(report->bytes_before, 2 * kRows * (2 * 34 + 18));
   EXPECT_EQ(report->bytes_after, 20 * (2 * 34 + 18));
   EXPECT_EQ(engine.rows[0] + engine.rows[1], 20);
+}
+
+TEST(StridedViewOfBlocks, BlocksAreGivenAsTheyAreStoredAndRowsWithScalesAreNot) {
+  QuantisedEngine<BlockQ8_0, Int8> engine;
+  EXPECT_EQ(engine.view().stored_keys(1, 3, 4), &engine.keys[(kRows + 3) * 2]);
+  EXPECT_EQ(engine.view().stored_values(1, 3, 4), nullptr);
 }
 
 }  // namespace

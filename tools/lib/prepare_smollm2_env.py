@@ -101,15 +101,29 @@ def run_python(python, arguments, failure):
         raise ToolError(failure)
 
 
+def venv_home(name):
+    return cache_dir() / "venv" / f"{name}-py{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def venv_contents(requirements):
+    """What a finished virtual environment says that it holds."""
+    return "\n".join(requirements) + "\n"
+
+
+def find_venv(name, requirements):
+    """Returns the Python of a virtual environment holding exactly `requirements`, or None where there is none."""
+    python, stamp = venv_home(name) / "bin" / "python", venv_home(name) / "kvfold-requirements.txt"
+    complete = stamp.is_file() and stamp.read_text() == venv_contents(requirements) and python.exists()
+    return python if complete else None
+
+
 def ensure_venv(name, requirements, note=""):
     """Returns the Python of a virtual environment holding exactly `requirements`, made if needed."""
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    home = cache_dir() / "venv" / f"{name}-py{version}"
-    python, stamp = home / "bin" / "python", home / "kvfold-requirements.txt"
-    wanted = "\n".join(requirements) + "\n"
+    home = venv_home(name)
+    python = home / "bin" / "python"
     with locked(f"venv-{name}"):
-        if stamp.is_file() and stamp.read_text() == wanted and python.exists():
-            return python
+        if found := find_venv(name, requirements):
+            return found
         if importlib.util.find_spec("ensurepip") is None:
             raise ToolError("this Python cannot make virtual environments; on Debian and Ubuntu: "
                             "apt-get install python3-venv")
@@ -119,7 +133,7 @@ def ensure_venv(name, requirements, note=""):
         run_python(python, ["-m", "pip", "install", "--quiet", "--disable-pip-version-check",
                             "--no-deps", *requirements],
                    f"pip could not install the packages into {home} (is PyPI reachable?)")
-        stamp.write_text(wanted)
+        (home / "kvfold-requirements.txt").write_text(venv_contents(requirements))
     return python
 
 

@@ -19,7 +19,7 @@ import re
 import subprocess
 
 MODELS = {"llama3_8b": "Llama-3-8B (H 8, G 4, D 128)", "qwen2.5_7b": "Qwen2.5-7B (H 4, G 7, D 128)",
-          "smollm2_135m": "SmolLM2-135M (H 3, G 3, D 64)", "width_128": "rows of 128"}
+          "smollm2_135m": "SmolLM2-135M (H 3, G 3, D 64)", "llama2_7b_8": "8 heads of Llama-2-7B (H 8, G 1, D 128)", "width_128": "rows of 128"}
 
 # stage: (order, title, what is said about it, columns)
 TIME = [("median", "time"), ("spread", "spread"), ("floor", "floor"), ("ratio", "time / floor")]
@@ -45,6 +45,9 @@ STAGES = {
     "merge": (55, "Merge", "Merged values and masses, given the classes. The floor reads the members' values and writes the merged rows once.",
               TIME + [("bytes/s", "bytes/s"), ("workspace_bytes", "workspace")]),
     "apply": (57, "Apply", "Moving and writing the kept rows. The floor copies them once.", TIME + [("bytes/s", "bytes/s")]),
+    "attend": (60, "Attend", "Decode attention: one query row for each query head. The floor reads the stored rows once; what is converted is converted "
+               "in registers, or in tiles that stay in the cache.",
+               TIME + [("share_of_floor", "floor / time"), ("rows/s", "rows/s"), ("bytes/s", "bytes/s"), ("workspace_bytes", "workspace")]),
     "conversion": (70, "Conversion", "Stored rows to fp32 in a tile that stays in the cache, 2^19 rows of 128. The floor reads the stored bytes.",
                    TIME + [("rows/s", "rows/s"), ("bytes/s", "bytes/s")]),
 }
@@ -153,6 +156,11 @@ def targets(results):
                     [whole, get("end_to_end", "llama3_8b", "f16", 131072)],
                     lambda a, b: f"{a['workspace_bytes'] / 4 / 8 / 32768:.1f} / {b['workspace_bytes'] / 4 / 8 / 131072:.1f}",
                     lambda a, b: b["workspace_bytes"] <= 4.4 * a["workspace_bytes"])
+    for model in ("llama2_7b_8", "llama3_8b"):
+        for threads in (1, 2):
+            yield from line(f"Attend, {MODELS[model]}, T 32k, {threads} thread{'s'[:threads - 1]}: f32, f16 and q8_0 at no less than 70 % of the memory-read floor",
+                            [get("attend", model, storage, 32768, threads) for storage in ("f32", "f16", "q8_0")],
+                            lambda *rs: " / ".join(f"{100 * r['share_of_floor']:.0f} %" for r in rs), lambda *rs: all(r["share_of_floor"] >= 0.7 for r in rs))
     if results.measured:
         calls = sum(r["heap_calls"] for r in results.measured.values())
         yield {"target": f"No heap calls in steady state ({len(results.measured)} benchmarks)", "measured": f"{calls:.0f}", "held": calls == 0}

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstdint>
 
 #include "kvfold/status.hpp"
 #include "kvfold/view/concepts.hpp"
@@ -118,24 +120,48 @@ template <KVCacheView V>
   return {};
 }
 
-/// Sizes in range, every head with rows, positions in order. O(H * T).
+/// Positions in order. O(H * T).
 template <KVCacheView V>
-[[nodiscard]] Status check_view(const V& view) noexcept {
-  if (Status bad = check_sizes(view); !bad.ok()) return bad;
+[[nodiscard]] Status check_positions(const V& view) noexcept {
   for (Index h = 0; h < view.shape().kv_heads; ++h) {
     const auto rows = static_cast<Index>(view.size(h));
-    Position previous = static_cast<Position>(view.position(h, 0));
-    for (Index t = 1; t < rows; ++t) {
-      const auto next = static_cast<Position>(view.position(h, t));
-      if (next < previous) return {StatusCode::invalid_argument, "view", "positions must be in ascending order", h, t};
-      previous = next;
-    }
-    for (Index t = 0; t < rows; ++t) {
-      if (!std::isfinite(log_mass_of(view, h, t)))
-        return {StatusCode::not_finite, "log_mass", "has a NaN or an infinity", h, t};
+    const auto descends = [&](Index t) {
+      return static_cast<Position>(view.position(h, t)) < static_cast<Position>(view.position(h, t - 1));
+    };
+    int any = 0;  // over all rows, since a loop that may stop is not vectorised
+    for (Index t = 1; t < rows; ++t) any |= static_cast<int>(descends(t));
+    for (Index t = 1; any != 0 && t < rows; ++t) {
+      if (descends(t)) return {StatusCode::invalid_argument, "view", "positions must be in ascending order", h, t};
     }
   }
   return {};
+}
+
+/// Log masses without NaN and infinities. O(H * T).
+template <KVCacheView V>
+[[nodiscard]] Status check_log_masses(const V& view) noexcept {
+  if constexpr (HasLogMass<V>) {
+    for (Index h = 0; h < view.shape().kv_heads; ++h) {
+      const auto rows = static_cast<Index>(view.size(h));
+      std::uint32_t most = 0;  // as above; the bits of a NaN or an infinity are above those of all numbers
+      for (Index t = 0; t < rows; ++t) {
+        most = std::max(most, std::bit_cast<std::uint32_t>(log_mass_of(view, h, t)) & 0x7fffffffu);
+      }
+      if (most < 0x7f800000u) continue;
+      Index t = 0;
+      while (std::isfinite(log_mass_of(view, h, t))) ++t;
+      return {StatusCode::not_finite, "log_mass", "has a NaN or an infinity", h, t};
+    }
+  }
+  return {};
+}
+
+/// Sizes in range, every head with rows, positions in order, log masses that are numbers. O(H * T).
+template <KVCacheView V>
+[[nodiscard]] Status check_view(const V& view) noexcept {
+  if (Status bad = check_sizes(view); !bad.ok()) return bad;
+  if (Status bad = check_positions(view); !bad.ok()) return bad;
+  return check_log_masses(view);
 }
 
 template <KVCacheView V>

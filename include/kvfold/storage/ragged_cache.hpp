@@ -176,6 +176,13 @@ class RaggedCache {
     return detail::rows_in_place<V>(value(h, t), shape_.value_dim, 1, shape_.value_dim);
   }
 
+  [[nodiscard]] const K* stored_keys(Index h, Index t, Index /*n*/) const noexcept {
+    return kRowScaled<K> ? nullptr : key(h, t);
+  }
+  [[nodiscard]] const V* stored_values(Index h, Index t, Index /*n*/) const noexcept {
+    return kRowScaled<V> ? nullptr : value(h, t);
+  }
+
   // --- MutableKVCacheView ------------------------------------------------------------------------------------------
   void write_key(Index h, Index t, std::span<const float> in) noexcept {
     detail::write_row<K>(in.data(), shape_.key_dim, key(h, t), 1, key_scale(h, t));

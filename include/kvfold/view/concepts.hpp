@@ -81,6 +81,16 @@ concept HasContiguousRows = requires(const V& v, Index h, Index t, Index n) {
 };
 // clang-format on
 
+/// Optional: rows as they are stored, for kernels that convert in registers. Each function returns the address of row t when
+/// rows [t, t + n) lie one after the other, without gaps and without scales of their own, else nullptr.
+// clang-format off
+template <class V>
+concept HasStoredRows = requires(const V& v, Index h, Index t, Index n) {
+  { *v.stored_keys(h, t, n) } noexcept;
+  { *v.stored_values(h, t, n) } noexcept;
+};
+// clang-format on
+
 /// How stored keys carry their position.
 enum class RopeKind : unsigned char {
   none,        ///< the model does not rotate keys

@@ -58,6 +58,9 @@ struct ScaleStrides {
 template <class K, class V = K>
   requires(Stored<std::remove_const_t<K>>&& Stored<std::remove_const_t<V>>)
 struct StridedView {
+  using StoredKey = std::remove_const_t<K>;
+  using StoredValue = std::remove_const_t<V>;
+
   /// The type of scales that go with rows of S.
   template <class S>
   using Scale = std::conditional_t<std::is_const_v<S>, const float, detail::RowScale<std::remove_const_t<S>>>;
@@ -116,6 +119,15 @@ struct StridedView {
                                               value_strides.dim, layer.value_dim);
   }
 
+  [[nodiscard]] const StoredKey* stored_keys(Index h, Index t, Index /*n*/) const noexcept {
+    const bool plain = key_scales == nullptr && lies_together<StoredKey>(key_strides, layer.key_dim);
+    return plain ? place(keys, key_strides, h, t) : nullptr;
+  }
+  [[nodiscard]] const StoredValue* stored_values(Index h, Index t, Index /*n*/) const noexcept {
+    const bool plain = value_scales == nullptr && lies_together<StoredValue>(value_strides, layer.value_dim);
+    return plain ? place(values, value_strides, h, t) : nullptr;
+  }
+
   [[nodiscard]] float log_mass(Index h, Index t) const noexcept {
     return log_masses.empty() ? 0.f : log_masses[index(h * log_mass_stride + t)];
   }
@@ -153,9 +165,6 @@ struct StridedView {
   void resize(Index h, Index n) noexcept requires(!std::is_const_v<K> && !std::is_const_v<V>) { rows[index(h)] = n; }
 
  private:
-  using StoredKey = std::remove_const_t<K>;
-  using StoredValue = std::remove_const_t<V>;
-
   static constexpr std::size_t index(Index i) noexcept { return static_cast<std::size_t>(i); }
 
   /// Whether rows of S can be read, and written and moved where they are not const.
@@ -168,6 +177,11 @@ struct StridedView {
     if (!kMayBeScaled<E>) return false;
     if (std::is_const_v<S>) return true;
     return kRowScaled<E> ? at.token != 0 && (at.head != 0 || layer.kv_heads == 1) : at.token == 0;
+  }
+
+  template <Stored E>
+  [[nodiscard]] static constexpr bool lies_together(const Strides& s, Index width) noexcept {
+    return s.token == detail::row_units<E>(width) && (kInBlocks<E> || s.dim == 1);
   }
 
   template <class T, class S>

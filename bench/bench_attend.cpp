@@ -1,0 +1,66 @@
+/// \file
+/// Decode attention: one query row for each query head, over long rows of each storage type.
+
+#include <kvfold/attend.hpp>
+
+#include "support/main.hpp"
+#include "support/pipeline.hpp"
+
+namespace kvfold::bench {
+
+namespace {
+
+/// As Llama-2-7B has them, a quarter of its heads: every query head has keys of its own.
+constexpr Model kMultiHead{"llama2_7b_8", {8, 1, 128, 128}, 1024};
+
+template <Stored E>
+void decode(benchmark::State& state, const Settings& settings, const Model& model, Index rows, Index threads) {
+  ThreadPool pool(threads);
+  Layer<E> layer(model.shape, rows);
+  const Queries queries(model.shape, 1, rows);
+  std::vector<float> out(at(model.shape.query_heads() * model.shape.value_dim));
+  const std::size_t bytes = attend_workspace_bytes(model.shape, threads);
+  WorkspaceBuffer workspace;
+  require(workspace.reserve(bytes), "workspace");
+  const auto view = layer.view();
+  const auto run = [&] {
+    return attend(view, queries.view(),
+                  {.data = out.data(), .head_stride = model.shape.value_dim, .row_stride = model.shape.value_dim},
+                  workspace.get(), pool)
+        .ok();
+  };
+  measure(state, settings,
+          {.run = [&] { return timed(run); },
+           .works = {{.read_bytes = static_cast<double>(model.shape.kv_heads * rows) * layer.row_bytes()}},
+           .rows = static_cast<double>(model.shape.kv_heads * rows),
+           .workspace_bytes = bytes},
+          pool);
+  state.counters["share_of_floor"] = 1.0 / state.counters["ratio"];
+}
+
+template <Stored E>
+void add_type(const Settings& settings, const char* storage) {
+  for (const Model& model : {kMultiHead, kLlama, kQwen, kSmolLm}) {
+    for (const Index rows : {Index{2048}, Index{32768}}) {
+      if (settings.quick && rows > 2048) continue;
+      for (const Index threads : {1, 2}) {
+        add(name_of("attend", model.name, storage, rows, threads),
+            [=](benchmark::State& state) { decode<E>(state, settings, model, rows, threads); });
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void register_benchmarks(const Settings& settings) {
+  add_type<float>(settings, "f32");
+  add_type<Float16>(settings, "f16");
+  add_type<BFloat16>(settings, "bf16");
+  add_type<Float8E4M3>(settings, "fp8_e4m3");
+  add_type<Int8>(settings, "int8");
+  add_type<BlockQ8_0>(settings, "q8_0");
+  add_type<BlockQ4_0>(settings, "q4_0");
+}
+
+}  // namespace kvfold::bench
