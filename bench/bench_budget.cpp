@@ -8,8 +8,8 @@ namespace kvfold::bench {
 
 namespace {
 
-void budget(benchmark::State& state, const Settings& settings, const Model& model, Index rows, Index threads) {
-  Pipeline<Float16> p(model, rows, threads);
+void budget(benchmark::State& state, const Settings& settings, const Model& model, Index rows) {
+  Pipeline<Float16> p(model, rows, 1);
   p.run_all();
   measure(state, settings,
           {.run = [&] { return timed([&] { return p.allocate().ok(); }); },
@@ -24,11 +24,9 @@ void budget(benchmark::State& state, const Settings& settings, const Model& mode
 void register_benchmarks(const Settings& settings) {
   for (const Model& model : kModels) {
     for (const Index rows : kContexts) {
-      for (const Index threads : {1, 2}) {
-        if (settings.quick && (rows > kContexts[0] || model.name != kSmolLm.name)) continue;
-        add(name_of("budget", model.name, "f16", rows, threads),
-            [=](benchmark::State& state) { budget(state, settings, model, rows, threads); });
-      }
+      if (settings.quick && (rows > kContexts[0] || model.name != kSmolLm.name)) continue;
+      add(name_of("budget", model.name, "f16", rows, 1),
+          [=](benchmark::State& state) { budget(state, settings, model, rows); });
     }
   }
 }

@@ -29,6 +29,22 @@ void compress(benchmark::State& state, const Settings& settings, const Model& mo
   measure(state, settings, stage, p.pool);
 }
 
+/// The speed-up that two workers would have if they did not disturb each other: all work on one thread, as if on two.
+void balance(benchmark::State& state, const Settings& settings, const Model& model, Index rows) {
+  Pipeline<Float16> p(model, rows, 1);
+  p.run_all();
+  PretendedWorkers workers(2);
+  std::vector<double> gains;
+  gains.reserve(static_cast<std::size_t>(settings.max_repeats) + 2);
+  const auto run = [&] {
+    const double spent = timed([&] { return p.compress(workers).ok(); });
+    if (gains.size() < gains.capacity()) gains.push_back(spent / (spent - workers.take_saved()));
+    return spent;
+  };
+  measure(state, settings, {.run = run, .prepare = [&] { p.layer.restore(); }, .rows = p.all_rows()}, p.pool);
+  state.counters["balance"] = median(gains);
+}
+
 /// The median share of each stage in the sum of all, the stages run one after the other.
 void shares(benchmark::State& state, const Settings& settings, const Model& model, Index rows) {
   Pipeline<Float16> p(model, rows, 1);
@@ -68,6 +84,8 @@ void register_benchmarks(const Settings& settings) {
         add(name_of("end_to_end", model.name, "f16", rows, threads),
             [=](benchmark::State& state) { compress(state, settings, model, rows, threads); });
       }
+      add(name_of("balance", model.name, "f16", rows, 1),
+          [=](benchmark::State& state) { balance(state, settings, model, rows); });
       add(name_of("shares", model.name, "f16", rows, 1),
           [=](benchmark::State& state) { shares(state, settings, model, rows); });
     }

@@ -11,6 +11,7 @@
 #include <exception>
 #include <fstream>
 #include <iostream>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -133,21 +134,24 @@ class Prompt {
 
 struct Settings {
   bool quick = false;
-  std::vector<Index> contexts{2048, 4096, 8192};
+  std::vector<Index> contexts{2048, 4096, 8160};  ///< the last leaves room for the steps below 8192 positions
   std::vector<Index> budgets{256, 512, 1024};
-  int repetitions = 5, steps = 24;
+  int repetitions = 5, steps = 16;
 };
 
-/// Compression as a share of prefill.
-void measure_shares(decoder::Decoder& model, std::span<const decoder::Token> tokens, const Settings& settings,
-                    kvfold::ThreadPool& pool, json& section) {
+/// Compression as a share of prefill. \returns the last prompt.
+std::unique_ptr<Prompt> measure_shares(decoder::Decoder& model, std::span<const decoder::Token> tokens,
+                                       const Settings& settings, kvfold::ThreadPool& pool, json& section) {
+  std::unique_ptr<Prompt> last;
   const kvfold::Ems ems({.score = {.window = kWindow}, .budget = {.rows = 256}});
   json table{{"caption", "Evidence and compression of all layers to 256 rows per head, as a share of prefill"},
              {"columns", {"prompt", "prefill", "window", "sampled, stride 16", "exact", "window, to evict only"}},
              {"rows", json::array()}};
   for (const Index context : settings.contexts) {
-    Prompt prompt(model, tokens.first(static_cast<std::size_t>(context)), true, pool);
-    const auto best = [&](auto compress) {
+    last.reset();  // before the next one is made: both are large
+    last = std::make_unique<Prompt>(model, tokens.first(static_cast<std::size_t>(context)), true, pool);
+    Prompt& prompt = *last;
+    const auto middle = [&](auto compress) {
       std::vector<double> spent;
       for (int i = 0; i < settings.repetitions; ++i) {
         decoder::Sequence copy = prompt.sequence.clone();
@@ -156,11 +160,11 @@ void measure_shares(decoder::Decoder& model, std::span<const decoder::Token> tok
       return quantile(spent, 0.5);
     };
     const kvfold::Ems evicting({.score = {.window = kWindow}, .budget = {.rows = 256}, .reduce = {.gamma = 0.f}});
-    const double window = best([&](auto& copy) { return prompt.compress(ems, copy); }) / prompt.prefill_seconds;
-    const double evict = best([&](auto& copy) { return prompt.compress(evicting, copy); }) / prompt.prefill_seconds;
+    const double window = middle([&](auto& copy) { return prompt.compress(ems, copy); }) / prompt.prefill_seconds;
+    const double evict = middle([&](auto& copy) { return prompt.compress(evicting, copy); }) / prompt.prefill_seconds;
     double global[2];
     for (std::size_t s = 0; s < 2; ++s) {
-      const double compress = best([&](auto& copy) { return prompt.compress(ems, s, copy); });
+      const double compress = middle([&](auto& copy) { return prompt.compress(ems, s, copy); });
       global[s] = (prompt.observe_seconds[s] + compress) / prompt.prefill_seconds;
     }
     const auto percent = [](double share) { return fixed(100 * share, 2) + " %"; };
@@ -179,13 +183,13 @@ void measure_shares(decoder::Decoder& model, std::span<const decoder::Token> tok
               << percent(evict) << std::endl;
   }
   section["tables"].push_back(table);
+  return last;
 }
 
 /// Decode steps over the full cache and compressed ones, in turn.
-void measure_steps(decoder::Decoder& model, std::span<const decoder::Token> tokens, const Settings& settings,
-                   kvfold::ThreadPool& pool, json& section) {
-  const auto context = static_cast<std::size_t>(settings.contexts.back());
-  Prompt prompt(model, tokens.first(context), false, pool);
+void measure_steps(decoder::Decoder& model, Prompt& prompt, std::span<const decoder::Token> tokens,
+                   const Settings& settings, json& section) {
+  const auto context = static_cast<std::size_t>(prompt.sequence.next);
   std::vector<decoder::Sequence> sequences;
   sequences.push_back(prompt.sequence.clone());
   for (const Index budget : settings.budgets) {
@@ -247,7 +251,8 @@ int run(int argc, char** argv) {
   }
   kvfold::ThreadPool pool(std::max<Index>(threads, 1));
   decoder::Decoder model(model_dir, pool);
-  const evaluation::Text read = evaluation::load_text(text, model.config());
+  const decoder::Config& config = model.config();
+  const evaluation::Text read = evaluation::load_text(text, {config.vocab_size, config.tokenizer == "bytes"});
   const std::size_t wanted = static_cast<std::size_t>(settings.contexts.back() + settings.steps);
   if (read.tokens.size() < wanted) throw std::runtime_error(text + ": is too short");
   json section{
@@ -260,8 +265,8 @@ int run(int argc, char** argv) {
            "its fp32 weights anew for every token (540 MB), which bounds what a smaller cache can save."},
       {"tables", json::array()},
       {"targets", json::array()}};
-  measure_shares(model, read.tokens, settings, pool, section);
-  measure_steps(model, read.tokens, settings, pool, section);
+  const auto prompt = measure_shares(model, read.tokens, settings, pool, section);
+  measure_steps(model, *prompt, read.tokens, settings, section);
   std::ofstream(out) << section.dump(2) << '\n';
   return 0;
 }

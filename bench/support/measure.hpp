@@ -20,6 +20,7 @@ struct Settings {
   bool quick = false;
   double min_seconds = 1.0;  ///< of a stage, all repetitions together
   Index min_repeats = 7, max_repeats = 200;
+  double long_seconds = 5.0;  ///< what takes this long, all together, is repeated 3 times at least
 };
 
 inline bool any_failed = false;
@@ -85,8 +86,12 @@ inline void measure(benchmark::State& state, const Settings& settings, const Sta
     const long heap_calls = test::heap_calls_of([&] { last = stage.run(); });
     if (heap_calls != 0) return fail(state, "the heap was called " + std::to_string(heap_calls) + " times");
     double sum = 0.0;
-    const Index least = settings.quick ? 1 : settings.min_repeats;
-    for (Index i = 0; i < least || (!settings.quick && sum < settings.min_seconds && i < settings.max_repeats); ++i) {
+    const auto enough = [&](Index repeats) {
+      if (settings.quick) return repeats > 0;
+      if (repeats < settings.min_repeats) return repeats >= 3 && sum > settings.long_seconds;
+      return sum > settings.min_seconds || repeats == settings.max_repeats;
+    };
+    for (Index i = 0; !enough(i); ++i) {
       if (!repeat()) return fail(state, "the stage failed");
       sum += seconds.back();
     }

@@ -51,6 +51,34 @@ class GivenClasses {
   Options options_;
 };
 
+/// Runs tasks one after the other, as several workers, and tells what the workers would save if each took the next task as
+/// soon as it had done one: how evenly work is split can be measured where threads disturb each other.
+class PretendedWorkers {
+ public:
+  explicit PretendedWorkers(Index workers) : busy_(at(workers)) {}
+
+  [[nodiscard]] Index concurrency() const noexcept { return static_cast<Index>(busy_.size()); }
+  void run(Index n, TaskRef task) noexcept {
+    std::fill(busy_.begin(), busy_.end(), 0.0);
+    double sum = 0.0;
+    for (Index i = 0; i < n; ++i) {
+      const auto next = std::min_element(busy_.begin(), busy_.end());
+      const Stopwatch watch;
+      task(i, next - busy_.begin());
+      const double spent = watch.seconds();
+      *next += spent;
+      sum += spent;
+    }
+    saved_ += sum - *std::max_element(busy_.begin(), busy_.end());
+  }
+  /// Seconds that were saved since this was asked.
+  [[nodiscard]] double take_saved() { return std::exchange(saved_, 0.0); }
+
+ private:
+  std::vector<double> busy_;
+  double saved_ = 0.0;
+};
+
 template <Stored E>
 class Pipeline {
  public:
@@ -133,12 +161,14 @@ class Pipeline {
     return kvfold::apply(plan, view).status();
   }
   /// All of it, as a caller would.
-  Status compress() {
+  Status compress() { return compress(pool); }
+  template <Executor X>
+  Status compress(X& executor) {
     auto view = layer.view();
-    const auto bytes = ems.workspace_bytes(std::as_const(view), evidence.view(), pool.concurrency());
+    const auto bytes = ems.workspace_bytes(std::as_const(view), evidence.view(), executor.concurrency());
     if (!bytes.ok()) return bytes.status();
     return in(whole_space_, bytes.value(),
-              [&](Workspace w) { return ems.compress(view, evidence.view(), w, pool).status(); });
+              [&](Workspace w) { return ems.compress(view, evidence.view(), w, executor).status(); });
   }
 
   // What the stages cannot avoid.

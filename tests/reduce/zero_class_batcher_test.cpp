@@ -156,10 +156,29 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"FullTiles", 8, 16, {{64, 128}}}, Case{"OneMoreThanTheTiles", 16, 12, {{65, 129}}},
                     Case{"SeveralTiles", 4, 6, {{150, 260}}}, Case{"KeysWiderThanTheDepthTile", 300, 7, {{20, 30}}},
                     Case{"HeadsOfUnequalSize", 16, 24, {{5, 9}, {70, 20}, {1, 140}, {64, 1}}},
+                    Case{"TilesOfSeveralPieces", 8, 8, {{1100, 140}, {300, 130}}},
                     Case{"AHeadWithoutCandidates", 8, 8, {{6, 4}, {0, 12}, {66, 3}}},
                     Case{"AHeadWithoutCentres", 8, 8, {{6, 4}, {12, 0}}},
                     Case{"NoCandidatesAtAll", 8, 8, {{0, 5}, {0, 3}}}),
     [](const auto& c) { return c.param.name; });
+
+// From a few values that are alike in a tile, whose keys are compared one by one, to many, whose keys are compared all at once.
+TEST(ZeroClassBatcher, AssignsAsThePlainLoopsDoHoweverManyValuesAreAlike) {
+  constexpr Index kRows = 420, kDim = 32;
+  const Problem problem(Sizes{{200, 220}});
+  for (const Index clusters : {1, 2, 4, 8, 30, 100}) {
+    SCOPED_TRACE(clusters);
+    Random random(static_cast<std::uint64_t>(clusters));
+    auto cache = make_cache({1, 1, kDim, kDim}, kRows);
+    const auto values = clustered_rows(kRows, kDim, clusters, 0.3f, random);
+    for (Index t = 0; t < kRows; ++t) cache.write_value(0, t, std::span(values).subspan(ix(t * kDim), ix(kDim)));
+    for (const float tau : {0.f, 0.3f, 0.7f}) {
+      const auto classes = assign(cache, problem, {.tau = tau});
+      ASSERT_TRUE(classes.ok());
+      expect_oracle_classes(cache, problem, {.tau = tau}, classes.value());
+    }
+  }
+}
 
 TEST(ZeroClassBatcher, FindsTheRowsThatAreRedundant) {
   const auto cache = make_cache({2, 1, 16, 16}, 120);

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "kvfold/detail/arena.hpp"
+#include "kvfold/detail/extent.hpp"
 #include "kvfold/detail/linalg.hpp"
 #include "kvfold/detail/rows.hpp"
 #include "kvfold/evidence/query_rows.hpp"
@@ -19,7 +20,57 @@ struct QueryRange {
   Index step = 1;
 };
 
-/// Scratch of one worker for `accumulate_columns`.
+/// One of the `count` shares that the queries of a head are split into: every count-th block of them, from `index` on. Each share
+/// has column sums of its own, which are added up in the order of shares.
+struct Lane {
+  Index index = 0;
+  Index count = 1;
+};
+
+/// How many lanes a head's queries are split into, so that a layer with few heads has work for two or more workers: what is
+/// left of 16 tasks for a head, but no more than there are blocks. Not a matter of how many workers there are, so that sums are
+/// the same bits for each number of them.
+[[nodiscard]] constexpr Index lane_count(const LayerShape& shape, Index queries) noexcept {
+  constexpr Index kTasks = 16;
+  const Index all = product({queries, shape.group_size});
+  if (all < 1 || shape.kv_heads < 1) return 1;
+  return std::min((kTasks - 1) / shape.kv_heads + 1, (all - 1) / kQueryTile + 1);
+}
+
+/// Column sums of all lanes but the first, [H][lanes - 1][C][rows].
+struct LaneSums {
+  std::span<float> sums;
+  Index lanes = 1, size = 0;
+
+  static LaneSums take(Arena& arena, const LayerShape& shape, Index lanes, Index columns, Index rows) noexcept {
+    LaneSums s;
+    s.lanes = lanes;
+    s.size = columns * rows;
+    s.sums = arena.take<float>(lanes > 1 ? shape.kv_heads * (lanes - 1) : 0, columns, rows);
+    return s;
+  }
+
+  /// Where lane `lane` of head h adds up: the first in `first`, the others in memory of their own, which is cleared.
+  [[nodiscard]] std::span<float> begin(Index h, Index lane, std::span<float> first) const noexcept {
+    if (lane == 0) return first;
+    const std::span<float> mine = place(h, lane).first(first.size());
+    std::fill(mine.begin(), mine.end(), 0.f);
+    return mine;
+  }
+  /// Adds the sums of the other lanes to `first`.
+  void join(Index h, std::span<float> first) const noexcept {
+    for (Index lane = 1; lane < lanes; ++lane) {
+      add(first.data(), place(h, lane).data(), static_cast<Index>(first.size()));
+    }
+  }
+
+ private:
+  [[nodiscard]] std::span<float> place(Index h, Index lane) const noexcept {
+    return sums.subspan(at((h * (lanes - 1) + lane - 1) * size), at(size));
+  }
+};
+
+/// Scratch of one worker for a `ColumnAccumulator`.
 struct ColumnScratch {
   std::span<float> queries;   // [kQueryTile][D]
   std::span<float> keys;      // [kKeyTile][D]
@@ -51,7 +102,7 @@ template <KVCacheView V>
 class ColumnAccumulator {
  public:
   ColumnAccumulator(const V& view, Index h, const QueryRows& queries, QueryRange range, float weight,
-                    ColumnScratch scratch, std::span<float> columns, Index column_count) noexcept
+                    ColumnScratch scratch, std::span<float> columns, Index column_count, Lane lane = {}) noexcept
       : view_(view),
         h_(h),
         queries_(queries),
@@ -60,14 +111,19 @@ class ColumnAccumulator {
         s_(scratch),
         columns_(columns),
         column_count_(column_count),
+        lane_(lane),
         group_(view.shape().group_size),
         dim_(view.shape().key_dim),
         rows_(static_cast<Index>(view.size(h))) {}
 
   Status run() noexcept {
     const Index total = range_.count * group_;
-    for (Index first = 0; first < total; first += kQueryTile) {
-      if (Status bad = load_block(first, std::min(kQueryTile, total - first)); !bad.ok()) return bad;
+    if (total == 0) return {};
+    // Blocks of one size, the same number in each lane.
+    const Index rounds = (total - 1) / (kQueryTile * lane_.count) + 1;
+    const Index block = (total - 1) / (rounds * lane_.count) + 1;
+    for (Index first = lane_.index * block; first < total; first += lane_.count * block) {
+      if (Status bad = load_block(first, std::min(block, total - first)); !bad.ok()) return bad;
       if (Status bad = queries_.log_sum_exp.empty() ? two_step() : one_step(); !bad.ok()) return bad;
     }
     return {};
@@ -130,7 +186,8 @@ class ColumnAccumulator {
   [[nodiscard]] float* weight_tile(Index t) const noexcept { return s_.weights.data() + t * kQueryTile; }
 
   Status two_step() noexcept {
-    std::fill_n(row_max_, count_, -std::numeric_limits<float>::infinity());
+    alignas(Arena::kAlignment) float tile_sum[kQueryTile] = {}, row_max[kQueryTile] = {};
+    std::fill_n(row_max, count_, kNoMax);
     std::fill_n(row_sum_, count_, 0.f);
     for (Index t = 0; t < most_visible_; t += kKeyTile) {
       const Index n = std::min(kKeyTile, rows_ - t);
@@ -141,22 +198,21 @@ class ColumnAccumulator {
         float* w = tile + r * kKeyTile;
         const Index seen = visible_in(r, t, n);
         std::fill(w + seen, w + n, 0.f);
-        tile_max[r] = -std::numeric_limits<float>::infinity();
+        tile_max[r] = kNoMax;
+        tile_sum[r] = 0.f;
         if (seen == 0) continue;
         tile_max[r] = max_of(w, seen);
         if (!std::isfinite(tile_max[r])) return {StatusCode::not_finite, "keys", "a logit overflows", h_, t};
-        const float sum = exp_shifted(w, seen, tile_max[r]);
-        if (!std::isfinite(sum)) return {StatusCode::not_finite, "keys", "a logit overflows", h_, t};
-        const float new_max = std::max(row_max_[r], tile_max[r]);
-        row_sum_[r] = row_sum_[r] * std::exp(row_max_[r] - new_max) + sum * std::exp(tile_max[r] - new_max);
-        row_max_[r] = new_max;
+        tile_sum[r] = exp_shifted(w, seen, tile_max[r]);
+        if (!std::isfinite(tile_sum[r])) return {StatusCode::not_finite, "keys", "a logit overflows", h_, t};
       }
+      join_softmax(tile_max, tile_sum, count_, row_max, row_sum_);
     }
+    alignas(Arena::kAlignment) float row_scale[kQueryTile] = {};
+    for (Index r = 0; r < count_; ++r) row_scale[r] = row_sum_[r] > 0.f ? row_weight() / row_sum_[r] : 0.f;
     for (Index t = 0; t < most_visible_; t += kKeyTile) {
       const float* tile_max = s_.tile_max.data() + t / kKeyTile * kQueryTile;
-      for (Index r = 0; r < count_; ++r) {
-        factor_[r] = row_sum_[r] > 0.f ? row_weight() * std::exp(tile_max[r] - row_max_[r]) / row_sum_[r] : 0.f;
-      }
+      exp_factors(tile_max, row_max, row_scale, count_, factor_);
       add_tile(t, std::min(kKeyTile, rows_ - t), weight_tile(t));
     }
     return {};
@@ -209,12 +265,14 @@ class ColumnAccumulator {
   float weight_;
   ColumnScratch s_;
   std::span<float> columns_;
-  Index column_count_, group_, dim_, rows_;
+  Index column_count_;
+  Lane lane_;
+  Index group_, dim_, rows_;
   Index first_ = 0, count_ = 0, most_visible_ = 0;
   Index visible_[kQueryTile] = {};
-  float row_max_[kQueryTile] = {};
-  float row_sum_[kQueryTile] = {};
-  float factor_[kQueryTile] = {};
+  // Aligned, so that the same numbers always take the same path through vector code, whose exp differs from the scalar one.
+  alignas(Arena::kAlignment) float row_sum_[kQueryTile] = {};
+  alignas(Arena::kAlignment) float factor_[kQueryTile] = {};
 };
 
 /// The earliest head's complaint, so that the status is the same for every executor.

@@ -59,17 +59,17 @@ template <KVCacheView V>
 struct ColumnStorage {
   std::span<Index> offset;
   std::span<float> global, local, seen;
-  std::span<Status> status;
+  std::span<Status> status;  // [H][lanes]
 
   template <KVCacheView V>
-  static ColumnStorage take(const V& view, Index columns, Arena& arena) noexcept {
+  static ColumnStorage take(const V& view, Index columns, Arena& arena, Index lanes = 1) noexcept {
     const Index total = total_rows(view);
     ColumnStorage s;
     s.offset = take_offsets(view, arena);
     s.global = arena.take<float>(columns, total);
     s.local = arena.take<float>(columns, total);
     s.seen = arena.take<float>(total);
-    s.status = arena.take<Status>(view.shape().kv_heads);
+    s.status = arena.take<Status>(view.shape().kv_heads, lanes);
     return s;
   }
 
@@ -96,8 +96,10 @@ template <KVCacheView V>
   if (Status bad = check_queries(queries, shape); !bad.ok()) return bad;
   const ColumnDetail detail = want.per_query_head ? ColumnDetail::query_head : ColumnDetail::kv_head;
   const Index columns = column_count(detail, shape.group_size);
-  const ColumnStorage store = ColumnStorage::take(view, columns, arena);
+  const Index lanes = lane_count(shape, queries.rows());
+  const ColumnStorage store = ColumnStorage::take(view, columns, arena, lanes);
   const std::size_t mark = arena.mark();
+  const LaneSums others = LaneSums::take(arena, shape, lanes, columns, max_rows(view));
   const auto workers = static_cast<Index>(executor.concurrency());
   const std::span<ColumnScratch> scratch = arena.take<ColumnScratch>(workers);
   for (Index w = 0; w < workers; ++w) {
@@ -112,31 +114,47 @@ template <KVCacheView V>
   const QueryRange local{before, window, 1};
   const QueryRange global = want.global ? sampled(0, before, 0, want.query_stride) : QueryRange{};
   const auto stride_weight = static_cast<float>(want.query_stride);
-  auto task = [&](Index h, Index worker) noexcept {
+  const bool global_is_more = global.count > local.count;  // and is split into lanes; the lesser is the first lane's
+  auto sum = [&](Index i, Index worker) noexcept {
+    const Lane lane{i % lanes, lanes};
+    const Index h = i / lanes;
+    Status& status = store.status[at(i)];
+    const auto run = [&](const QueryRange& range, float weight, bool split, std::span<float> all) {
+      if (!status.ok() || (!split && lane.index > 0)) return;
+      const std::span<float> sums =
+          split ? others.begin(h, lane.index, store.block(all, columns, h)) : store.block(all, columns, h);
+      status =
+          ColumnAccumulator(view, h, queries, range, weight, scratch[at(worker)], sums, columns, split ? lane : Lane{})
+              .run();
+    };
+    run(local, 1.f, !global_is_more, store.local);
+    run(global, stride_weight, global_is_more, store.global);
+  };
+  executor.run(shape.kv_heads * lanes, sum);
+  if (Status bad = first_error(store.status); !bad.ok()) return bad;
+
+  auto join = [&](Index h, Index) noexcept {
     const std::span<float> loc = store.block(store.local, columns, h);
     const std::span<float> glo = store.block(store.global, columns, h);
     const std::span<float> seen = store.block(store.seen, 1, h);
-    Status& status = store.status[at(h)];
-    status = ColumnAccumulator(view, h, queries, local, 1.f, scratch[at(worker)], loc, columns).run();
-    if (status.ok() && global.count > 0) {
-      status = ColumnAccumulator(view, h, queries, global, stride_weight, scratch[at(worker)], glo, columns).run();
-    }
-    for (std::size_t j = 0; j < glo.size(); ++j) glo[j] += loc[j];
+    others.join(h, global_is_more ? glo : loc);
+    add(glo.data(), loc.data(), static_cast<Index>(glo.size()));
     mark_last_seen(view, h, queries, local, 1.f, seen);
     mark_last_seen(view, h, queries, global, stride_weight, seen);
     suffix_sum(seen);
   };
-  executor.run(shape.kv_heads, task);
+  executor.run(shape.kv_heads, join);
   arena.rewind(mark);
-  if (Status bad = first_error(store.status); !bad.ok()) return bad;
   return store.result(detail, want.window);
 }
 
 template <KVCacheView V>
 void measure(const V& view, const QueryRows& queries, const ColumnRequest& want, Arena& arena, Index workers) noexcept {
   const LayerShape shape = view.shape();
-  static_cast<void>(ColumnStorage::take(view, want.per_query_head ? shape.group_size : 1, arena));
+  const Index columns = want.per_query_head ? shape.group_size : 1, lanes = lane_count(shape, queries.rows());
+  static_cast<void>(ColumnStorage::take(view, columns, arena, lanes));
   const std::size_t mark = arena.mark();
+  static_cast<void>(LaneSums::take(arena, shape, lanes, columns, max_rows(view)));
   static_cast<void>(arena.take<ColumnScratch>(workers));
   for (Index w = 0; w < workers; ++w) {
     static_cast<void>(ColumnScratch::take(arena, shape.key_dim, max_rows(view), !queries.log_sum_exp.empty()));

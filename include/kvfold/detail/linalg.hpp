@@ -81,6 +81,23 @@ inline float exp_shifted(float* x, Index n, float shift) noexcept {
   return v.sum();
 }
 
+/// What is known of n softmax rows: maxima so far, and sums of exp(logit - maximum). Rows of which nothing is known have a
+/// maximum of `kNoMax` and a sum of 0. All of it aligned as an `Arena` does: exps of unaligned numbers depend on the address.
+inline constexpr float kNoMax = std::numeric_limits<float>::lowest();
+
+/// Takes the maxima and sums of one more tile in.
+inline void join_softmax(const float* tile_max, const float* tile_sum, Index n, float* max, float* sum) noexcept {
+  const ConstFloats new_max(tile_max, n), new_sum(tile_sum, n);
+  Floats m(max, n), s(sum, n);
+  s = s * (m - m.max(new_max)).exp() + new_sum * (new_max - m.max(new_max)).exp();
+  m = m.max(new_max);
+}
+
+/// factor = scale * exp(x - max), for n rows.
+inline void exp_factors(const float* x, const float* max, const float* scale, Index n, float* factor) noexcept {
+  Floats(factor, n) = ConstFloats(scale, n) * (ConstFloats(x, n) - ConstFloats(max, n)).exp();
+}
+
 inline void scale(float* x, Index n, float factor) noexcept { Floats(x, n) *= factor; }
 inline void add(float* to, const float* x, Index n) noexcept { Floats(to, n) += ConstFloats(x, n); }
 inline void add_scaled(float* to, const float* x, Index n, float factor) noexcept {

@@ -15,7 +15,8 @@ namespace kvfold {
 /// are; older ones have been added to the global sums and are forgotten. `summarize` gives the sums over everything
 /// observed so far, and observing may go on. For any chunking, the result equals one-shot scoring to rounding.
 ///
-/// Memory: H * C * T + H * T floats of state and three times that for results, and W * H * G * D floats of queries.
+/// Memory: H * C * T + H * T floats of state and three times that for results, and W * H * G * D floats of queries. The
+/// workspace holds 64 * T floats for each worker and max(H, 16 to 16 + H) * C * T of sums.
 class GlobalLocalAccumulator {
  public:
   struct Options {
@@ -100,37 +101,41 @@ class GlobalLocalAccumulator {
     const Index oldest = observed_ - held;
     const auto weight = static_cast<float>(options_.query_stride);
 
-    auto task = [&](Index h, Index worker) noexcept {
+    const detail::LaneSums others = scratch.lanes_for(shape_, std::max(from_ring, from_chunk));
+    auto task = [&](Index i, Index worker) noexcept {
+      const Index h = i / others.lanes;
+      const detail::Lane lane{i % others.lanes, others.lanes};
       const detail::ColumnScratch& s = scratch.columns[detail::at(worker)];
-      const auto rows = static_cast<Index>(view.size(h));
-      const std::span<float> sums =
-          scratch.sums.subspan(detail::at(h * columns() * scratch.rows), detail::at(columns() * rows));
-      std::fill(sums.begin(), sums.end(), 0.f);
-      Status& status = scratch.status[detail::at(h)];
+      std::span<float> sums = scratch.sums_of(h, columns() * static_cast<Index>(view.size(h)));
+      if (lane.index == 0) std::fill(sums.begin(), sums.end(), 0.f);
+      sums = others.begin(h, lane.index, sums);
+      Status& status = scratch.status[detail::at(i)];
       for_ring(oldest, from_ring, [&](const QueryRows& ring, Index sequence) {
         const auto range = detail::sampled(0, ring.rows(), sequence, options_.query_stride);
-        if (status.ok()) status = detail::ColumnAccumulator(view, h, ring, range, weight, s, sums, columns()).run();
+        if (status.ok())
+          status = detail::ColumnAccumulator(view, h, ring, range, weight, s, sums, columns(), lane).run();
       });
       const auto range = detail::sampled(0, from_chunk, observed_, options_.query_stride);
-      if (status.ok()) status = detail::ColumnAccumulator(view, h, queries, range, weight, s, sums, columns()).run();
+      if (status.ok())
+        status = detail::ColumnAccumulator(view, h, queries, range, weight, s, sums, columns(), lane).run();
       // Queries that stay in the ring are looked at later; a NaN in them must not get in.
-      for (Index g = 0; status.ok() && g < shape_.group_size; ++g) {
-        for (Index i = 0; i < n; ++i) {
-          if (!detail::all_finite(queries.row(h * shape_.group_size + g, i), shape_.key_dim)) {
-            status = {StatusCode::not_finite, "queries", "has a NaN or an infinity", h, i};
+      for (Index g = 0; lane.index == 0 && status.ok() && g < shape_.group_size; ++g) {
+        for (Index q = 0; q < n; ++q) {
+          if (!detail::all_finite(queries.row(h * shape_.group_size + g, q), shape_.key_dim)) {
+            status = {StatusCode::not_finite, "queries", "has a NaN or an infinity", h, q};
             break;
           }
         }
       }
     };
-    executor.run(shape_.kv_heads, task);
+    executor.run(shape_.kv_heads * others.lanes, task);
     if (Status bad = detail::first_error(scratch.status); !bad.ok()) return bad;
 
     auto commit = [&](Index h, Index) noexcept {
       const auto rows = static_cast<Index>(view.size(h));
-      for (Index c = 0; c < columns(); ++c) {
-        detail::add(global(h, c), scratch.sums.data() + h * columns() * scratch.rows + c * rows, rows);
-      }
+      const std::span<float> sums = scratch.sums_of(h, columns() * rows);
+      others.join(h, sums);
+      for (Index c = 0; c < columns(); ++c) detail::add(global(h, c), sums.data() + c * rows, rows);
       for_ring(oldest, from_ring, [&](const QueryRows& ring, Index sequence) {
         detail::mark_last_seen(view, h, ring, detail::sampled(0, ring.rows(), sequence, options_.query_stride), weight,
                                marks(h));
@@ -162,22 +167,35 @@ class GlobalLocalAccumulator {
     }
     const auto total = static_cast<std::size_t>(state_.offset[detail::at(shape_.kv_heads)]);
     const Index held = std::min(observed_, options_.window);
-    auto task = [&](Index h, Index worker) noexcept {
-      const auto rows = static_cast<Index>(view.size(h));
-      const Index first = state_.offset[detail::at(h)];
-      const std::span<float> loc = state_.local.subspan(detail::at(columns() * first), detail::at(columns() * rows));
-      const std::span<float> seen = state_.seen.subspan(detail::at(first), detail::at(rows));
-      std::fill(loc.begin(), loc.end(), 0.f);
-      std::copy_n(marks(h).begin(), rows, seen.begin());
-      Status& status = scratch.status[detail::at(h)];
+    const auto local = [&](Index h) {
+      return state_.local.subspan(detail::at(columns() * state_.offset[detail::at(h)]),
+                                  detail::at(columns() * static_cast<Index>(view.size(h))));
+    };
+    const detail::LaneSums others = scratch.lanes_for(shape_, held);
+    auto sum = [&](Index i, Index worker) noexcept {
+      const Index h = i / others.lanes;
+      const detail::Lane lane{i % others.lanes, others.lanes};
+      std::span<float> loc = local(h);
+      if (lane.index == 0) std::fill(loc.begin(), loc.end(), 0.f);
+      loc = others.begin(h, lane.index, loc);
+      Status& status = scratch.status[detail::at(i)];
       for_ring(observed_ - held, held, [&](const QueryRows& ring, Index) {
         const detail::QueryRange all{0, ring.rows(), 1};
-        if (status.ok()) {
-          status =
-              detail::ColumnAccumulator(view, h, ring, all, 1.f, scratch.columns[detail::at(worker)], loc, columns())
-                  .run();
-        }
-        detail::mark_last_seen(view, h, ring, all, 1.f, seen);
+        const detail::ColumnScratch& s = scratch.columns[detail::at(worker)];
+        if (status.ok()) status = detail::ColumnAccumulator(view, h, ring, all, 1.f, s, loc, columns(), lane).run();
+      });
+    };
+    executor.run(shape_.kv_heads * others.lanes, sum);
+    if (Status bad = detail::first_error(scratch.status); !bad.ok()) return bad;
+
+    auto join = [&](Index h, Index) noexcept {
+      const auto rows = static_cast<Index>(view.size(h));
+      const Index first = state_.offset[detail::at(h)];
+      const std::span<float> loc = local(h), seen = state_.seen.subspan(detail::at(first), detail::at(rows));
+      others.join(h, loc);
+      std::copy_n(marks(h).begin(), rows, seen.begin());
+      for_ring(observed_ - held, held, [&](const QueryRows& ring, Index) {
+        detail::mark_last_seen(view, h, ring, {0, ring.rows(), 1}, 1.f, seen);
       });
       detail::suffix_sum(seen);
       float* out = state_.total.data() + columns() * first;
@@ -185,8 +203,7 @@ class GlobalLocalAccumulator {
         for (Index j = 0; j < rows; ++j) out[c * rows + j] = global(h, c)[j] + loc[detail::at(c * rows + j)];
       }
     };
-    executor.run(shape_.kv_heads, task);
-    if (Status bad = detail::first_error(scratch.status); !bad.ok()) return bad;
+    executor.run(shape_.kv_heads, join);
     const std::size_t size = static_cast<std::size_t>(columns()) * total;
     return ColumnSums{
         .detail = options_.group == GroupReduction::max ? ColumnDetail::query_head : ColumnDetail::kv_head,
@@ -212,21 +229,33 @@ class GlobalLocalAccumulator {
   struct Scratch {
     std::span<detail::ColumnScratch> columns;  // [workers]
     std::span<float> sums;                     // [H][C][rows]
-    std::span<Status> status;                  // [H]
-    Index rows = 0;
+    detail::LaneSums others;                   // the most there may be
+    std::span<Status> status;                  // [H][lanes]
+    Index head_size = 0;                       // C * rows
 
     static Scratch take(detail::Arena& arena, const LayerShape& shape, Index columns, Index rows,
                         Index workers) noexcept {
       Scratch s;
-      s.rows = rows;
+      const Index lanes = detail::lane_count(shape, kMaxRows);
+      s.head_size = columns * rows;
       s.columns = arena.take<detail::ColumnScratch>(workers);
       s.sums = arena.take<float>(shape.kv_heads * columns, rows);
-      s.status = arena.take<Status>(shape.kv_heads);
+      s.others = detail::LaneSums::take(arena, shape, lanes, columns, rows);
+      s.status = arena.take<Status>(shape.kv_heads, lanes);
       for (Index w = 0; w < workers; ++w) {
         const auto scratch = detail::ColumnScratch::take(arena, shape.key_dim, rows, false);
         if (!s.columns.empty()) s.columns[detail::at(w)] = scratch;
       }
       return s;
+    }
+    [[nodiscard]] std::span<float> sums_of(Index h, Index size) const noexcept {
+      return sums.subspan(detail::at(h * head_size), detail::at(size));
+    }
+    /// The lanes that so many queries are split into.
+    [[nodiscard]] detail::LaneSums lanes_for(const LayerShape& shape, Index queries) const noexcept {
+      detail::LaneSums used = others;
+      used.lanes = detail::lane_count(shape, queries);
+      return used;
     }
   };
 
