@@ -1,5 +1,6 @@
 /// \file
-/// Compressing a layer from window evidence: score, budget, tiers, classes, merge, apply; and what share each stage has.
+/// Compressing a layer from window evidence: score, budget, tiers, classes, merge, apply; and what share each stage
+/// has.
 
 #include "support/main.hpp"
 #include "support/pipeline.hpp"

@@ -44,15 +44,16 @@ void score(benchmark::State& state, const Settings& settings, const Model& model
 }  // namespace
 
 void register_benchmarks(const Settings& settings) {
-  constexpr std::array<std::pair<Kind, const char*>, 3> kinds{
-      {{Kind::exact, "exact"}, {Kind::given_sums, "given_lse"}, {Kind::sampled, "sampled_16"}}};
-  for (const auto& [kind, name] : kinds) {
+  const auto name = [](Kind kind) {
+    return kind == Kind::exact ? "exact" : kind == Kind::given_sums ? "given_lse" : "sampled_16";
+  };
+  for (const Kind kind : {Kind::exact, Kind::given_sums, Kind::sampled}) {
     for (const Model& model : kModels) {
       for (const Index rows : {Index{512}, kContexts[0], kContexts[1]}) {
         for (const Index threads : {1, 2}) {
           const bool tiny = rows == 512;
           if (tiny != settings.quick || (tiny && model.name != kSmolLm.name)) continue;
-          add(name_of("score_global", model.name, name, rows, threads),
+          add(name_of("score_global", model.name, name(kind), rows, threads),
               [=](benchmark::State& state) { score(state, settings, model, kind, rows, threads); });
         }
       }

@@ -1,5 +1,6 @@
 /// \file
-/// The main kernels at fixed sizes, for valgrind's callgrind: tools/lib/count_instructions.py runs it and reads the counts.
+/// The main kernels at fixed sizes, for valgrind's callgrind: tools/lib/count_instructions.py runs it and reads the
+/// counts.
 ///
 /// Given the name of a kernel and a number, runs that kernel as often, for other profilers.
 

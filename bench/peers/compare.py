@@ -1,6 +1,7 @@
 """Compares kvfold with kvpress and with PyTorch: agreement first, then times, alternately, in this process."""
 
 import argparse
+import importlib.metadata
 import json
 import pathlib
 import statistics
@@ -11,9 +12,6 @@ import torch
 
 import ems
 import kvfold
-
-PRESSES_NEED = 1  # kvpress scores one sequence at a time here
-
 
 def say(text):
     print(text, flush=True)
@@ -51,40 +49,44 @@ def quantile(values, q):
 
 
 def alternate(ours, peers, restore, repetitions):
-    """Seconds of `ours` and of each of `peers`, one after the other, `repetitions` times; each once before that."""
+    """Seconds of `ours` and of each of `peers`, and seconds of processor time, one after the other, `repetitions` times; each once before that."""
     times = {name: [] for name in ("kvfold", *peers)}
+    work = {name: [] for name in times}
     for repetition in range(repetitions + 1):
         for name, call in (("kvfold", ours), *peers.items()):
-            start = time.perf_counter()
+            start, started = time.perf_counter(), time.process_time()
             call()
-            seconds = time.perf_counter() - start
+            seconds, spent = time.perf_counter() - start, time.process_time() - started
             if name == "kvfold":
                 restore()
             if repetition > 0:
                 times[name].append(seconds)
-    return times
+                work[name].append(spent)
+    return times, work
 
 
 class Report:
     def __init__(self):
         self.rows, self.targets = [], []
 
-    def add(self, work, times, agreement, target=None, least=None):
+    def add(self, what, measured, agreement, target=None, least=None):
         """Takes the fastest of the peers; `least` is the wanted ratio."""
+        times, work = measured
         peer = min((n for n in times if n != "kvfold"), key=lambda n: statistics.median(times[n]))
         ratios = [p / k for p, k in zip(times[peer], times["kvfold"])]
         ratio = statistics.median(ratios)
         spread = f"{quantile(ratios, .1):.2f} to {quantile(ratios, .9):.2f}"
         ms = lambda name: f"{1e3 * statistics.median(times[name]):.3g} ms"
+        busy = f"{statistics.median(p / k for p, k in zip(work[peer], work['kvfold'])):.2f}x"
         others = ", ".join(f"{n} {ms(n)}" for n in times if n not in ("kvfold", peer))
-        self.rows.append([work, ms("kvfold"), f"{ms(peer)} ({peer})", f"{ratio:.2f}x", spread, others, agreement])
-        say(f"{work}: kvfold {ms('kvfold')}, {peer} {ms(peer)}: {ratio:.2f}x ({spread}); {others}; {agreement}")
+        self.rows.append([what, ms("kvfold"), f"{ms(peer)} ({peer})", f"{ratio:.2f}x", spread, busy, others, agreement])
+        say(f"{what}: kvfold {ms('kvfold')}, {peer} {ms(peer)}: {ratio:.2f}x ({spread}), processor time {busy}; {others}; {agreement}")
         if target:
-            self.targets.append({"target": target, "measured": f"{ratio:.2f}x ({spread}; against {peer})",
+            self.targets.append({"target": target, "measured": f"{ratio:.2f}x ({spread}; against {peer}; of processor time {busy})",
                                  "held": None if least is None else ratio >= least})
 
     def write(self, path, text):
-        columns = ["work", "kvfold", "fastest peer", "peer / kvfold", "10 % to 90 %", "others", "agreement"]
+        columns = ["work", "kvfold", "fastest peer", "peer / kvfold", "10 % to 90 %", "the same of processor time", "others", "agreement"]
         path.write_text(json.dumps({"section": "Against kvpress and PyTorch", "order": 80, "text": text,
                                     "tables": [{"columns": columns, "rows": self.rows}], "targets": self.targets}, indent=2))
 
@@ -233,8 +235,6 @@ def main():
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     library, report = kvfold.load(args.library), Report()
-    import kvpress  # noqa: F401
-    import importlib.metadata
     if args.quick:
         args.repetitions = 1
         sizes = {"ems": 2048, "press": 2048, "merging": 1024, "observed": 512, "attention": 2048, "budget": 256}
@@ -247,8 +247,8 @@ def main():
     compare_observed(report, library, args, rows=sizes["observed"], budget=sizes["observed"] // 4, **shape)
     report.write(args.out, (
         f"One layer of Llama-3-8B, {args.threads} threads on both sides, run in turn in one process ({args.repetitions} times, medians; the ratio is that of "
-        f"neighbours in time). kvfold compiled for {args.compiled or 'the default processor'}, storage f16; PyTorch {torch.__version__} with all of this "
-        f"processor's instructions, in f32 and in bf16, of which the faster counts; kvpress {importlib.metadata.version('kvpress')}. Both sides are given "
+        f"neighbours in time). kvfold compiled for {args.compiled or 'the default processor'}, storage f16; PyTorch {torch.__version__} with {torch.backends.cpu.get_cpu_capability()} "
+        f"instructions, in f32 and in bf16, of which the faster counts; kvpress {importlib.metadata.version('kvpress')}. Both sides are given "
         "queries after RoPE, and must agree before they are timed. Peers return new tensors, kvfold writes into the cache. "
         "The PyTorch rendering of EMS is bench/peers/ems.py."))
 

@@ -14,8 +14,8 @@
 
 namespace kvfold::bench {
 
-/// What is timed on one thread is timed in the thread's own processor time, so that other work on the machine is not counted;
-/// what is timed on several, in wall time.
+/// What is timed on one thread is timed in the thread's own processor time, so that other work on the machine is not
+/// counted; what is timed on several, in wall time.
 class Stopwatch {
  public:
   [[nodiscard]] double seconds() const { return now() - start_; }

@@ -38,8 +38,8 @@ class Noise {
   std::uint64_t state_;
 };
 
-/// K and V of one layer as [H][T][D] and [H][T][E], with positions and log masses of each head's own. Keys of a head have a
-/// mean in common, values lie around 64 directions, both with as much noise: so a part of the rows is redundant.
+/// K and V of one layer as [H][T][D] and [H][T][E], with positions and log masses of each head's own. Keys of a head
+/// have a mean in common, values lie around 64 directions, both with as much noise: so a part of the rows is redundant.
 template <Stored E>
 class Layer {
  public:

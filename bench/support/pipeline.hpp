@@ -51,8 +51,8 @@ class GivenClasses {
   Options options_;
 };
 
-/// Runs tasks one after the other, as several workers, and tells what the workers would save if each took the next task as
-/// soon as it had done one: how evenly work is split can be measured where threads disturb each other.
+/// Runs tasks one after the other, as several workers, and tells what the workers would save if each took the next task
+/// as soon as it had done one: how evenly work is split can be measured where threads disturb each other.
 class PretendedWorkers {
  public:
   explicit PretendedWorkers(Index workers) : busy_(at(workers)) {}

@@ -2,7 +2,9 @@
 /// Attention over a compressed cache: heads of unequal length, log masses, fp32 softmax.
 #pragma once
 
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 
 #include "kvfold/detail/arena.hpp"
@@ -152,15 +154,14 @@ class AttendBlock {
     }
   }
 
+  /// \returns whether any of them is not 0.
   bool load_masses(Index t, Index n) noexcept {
-    bool any = false;
+    std::uint32_t bits = 0;
     if constexpr (HasLogMass<V>) {
-      for (Index j = 0; j < n; ++j) {
-        s_.masses[at(j)] = log_mass_of(view_, h_, t + j);
-        any = any || s_.masses[at(j)] != 0.f;
-      }
+      for (Index j = 0; j < n; ++j) s_.masses[at(j)] = log_mass_of(view_, h_, t + j);
+      for (Index j = 0; j < n; ++j) bits |= std::bit_cast<std::uint32_t>(s_.masses[at(j)]) & 0x7fffffffu;
     }
-    return any;
+    return bits != 0;
   }
 
   void store(Index first, const AttentionOutput& to) const noexcept {

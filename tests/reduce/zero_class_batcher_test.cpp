@@ -162,7 +162,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"NoCandidatesAtAll", 8, 8, {{0, 5}, {0, 3}}}),
     [](const auto& c) { return c.param.name; });
 
-// From a few values that are alike in a tile, whose keys are compared one by one, to many, whose keys are compared all at once.
+// From a few values that are alike in a tile, whose keys are compared one by one, to many, whose keys are compared all
+// at once.
 TEST(ZeroClassBatcher, AssignsAsThePlainLoopsDoHoweverManyValuesAreAlike) {
   constexpr Index kRows = 420, kDim = 32;
   const Problem problem(Sizes{{200, 220}});

@@ -1,8 +1,9 @@
 /// \file
 /// Counts every call to the heap while something works. To be included by one source file of a program.
 ///
-/// On glibc, malloc and its siblings are replaced in the program; operator new and Eigen's allocation end there as well.
-/// Elsewhere, and under sanitizers, which bring a heap of their own, nothing is counted: `COUNTS_HEAP_CALLS` is 0.
+/// On glibc, malloc and its siblings are replaced in the program; operator new and Eigen's allocation end there as
+/// well. Elsewhere, and under sanitizers, which bring a heap of their own, nothing is counted: `COUNTS_HEAP_CALLS` is
+/// 0.
 #pragma once
 
 #include <atomic>

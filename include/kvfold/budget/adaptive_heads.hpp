@@ -96,8 +96,8 @@ class AdaptiveHeadBudget {
     return std::min({floor, options_.rows, table.rows(h)});
   }
 
-  /// A head cannot get more than the `left` rows that are left for all: only its best so many beyond the floor claim, unless
-  /// protected rows are among them, which do not come in the order of their scores.
+  /// A head cannot get more than the `left` rows that are left for all: only its best so many beyond the floor claim,
+  /// unless protected rows are among them, which do not come in the order of their scores.
   static Index add_claims(const ScoreTable& table, Index h, Index head, Index floor, Index left,
                           std::span<detail::Rank> ranks, std::span<Claim> claims, Index count) noexcept {
     const auto scores = table.scores(h);

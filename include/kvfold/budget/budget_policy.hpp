@@ -66,9 +66,9 @@ namespace detail {
   return {};
 }
 
-/// A row's place among those of its head as one number, larger = stays longer: sinks first (the first before all), then the
-/// latest of the recent rows, then by score. A total order: ties go to the lower index. Numbers that are compared by
-/// themselves are selected several times faster than row numbers that stand for them.
+/// A row's place among those of its head as one number, larger = stays longer: sinks first (the first before all), then
+/// the latest of the recent rows, then by score. A total order: ties go to the lower index. Numbers that are compared
+/// by themselves are selected faster than row numbers that stand for them.
 using Rank = std::uint64_t;
 
 inline constexpr Rank kRowMask = 0x7fffffff;

@@ -20,16 +20,16 @@ struct QueryRange {
   Index step = 1;
 };
 
-/// One of the `count` shares that the queries of a head are split into: every count-th block of them, from `index` on. Each share
-/// has column sums of its own, which are added up in the order of shares.
+/// One of the `count` shares that the queries of a head are split into: every count-th block of them, from `index` on.
+/// Each share has column sums of its own, which are added up in the order of shares.
 struct Lane {
   Index index = 0;
   Index count = 1;
 };
 
-/// How many lanes a head's queries are split into, so that a layer with few heads has work for two or more workers: what is
-/// left of 16 tasks for a head, but no more than there are blocks. Not a matter of how many workers there are, so that sums are
-/// the same bits for each number of them.
+/// How many lanes a head's queries are split into, so that a layer with few heads has work for two or more workers:
+/// what is left of 16 tasks for a head, but no more than there are blocks. Not a matter of how many workers there are,
+/// so that sums are the same bits for each number of them.
 [[nodiscard]] constexpr Index lane_count(const LayerShape& shape, Index queries) noexcept {
   constexpr Index kTasks = 16;
   const Index all = product({queries, shape.group_size});
@@ -159,8 +159,8 @@ class ColumnAccumulator {
     return column_count_ == 1 ? weight_ / static_cast<float>(group_) : weight_;
   }
 
-  /// Logits of the block for rows [t, t + n) into a tile of weights. Tiles lie one after the other in memory: rows of a whole
-  /// head's length would put a tile's rows a power of two apart, in the same few lines of the caches.
+  /// Logits of the block for rows [t, t + n) into a tile of weights. Tiles lie one after the other in memory: rows of a
+  /// whole head's length would put a tile's rows a power of two apart, in the same few lines of the caches.
   Status logits(Index t, Index n, float* out) noexcept {
     const float* keys = key_tile(view_, h_, t, n, s_.keys);
     multiply_transposed(s_.queries.data(), dim_, count_, keys, dim_, n, dim_, out, kKeyTile);
@@ -245,7 +245,8 @@ class ColumnAccumulator {
     return {};
   }
 
-  /// columns[t, t + n) += factor of row r * weights of row r. Summed over the block first: small numbers meet small ones.
+  /// columns[t, t + n) += factor of row r * weights of row r. Summed over the block first: small numbers meet small
+  /// ones.
   void add_tile(Index t, Index n, const float* weights) noexcept {
     for (Index c = 0; c < column_count_; ++c) {
       // Rows of query head c are every G-th one of a block, whose first row may be of another head.
@@ -270,7 +271,8 @@ class ColumnAccumulator {
   Index group_, dim_, rows_;
   Index first_ = 0, count_ = 0, most_visible_ = 0;
   Index visible_[kQueryTile] = {};
-  // Aligned, so that the same numbers always take the same path through vector code, whose exp differs from the scalar one.
+  // Aligned, so that the same numbers always take the same path through vector code, whose exp differs from the scalar
+  // one.
   alignas(Arena::kAlignment) float row_sum_[kQueryTile] = {};
   alignas(Arena::kAlignment) float factor_[kQueryTile] = {};
 };

@@ -81,8 +81,9 @@ inline float exp_shifted(float* x, Index n, float shift) noexcept {
   return v.sum();
 }
 
-/// What is known of n softmax rows: maxima so far, and sums of exp(logit - maximum). Rows of which nothing is known have a
-/// maximum of `kNoMax` and a sum of 0. All of it aligned as an `Arena` does: exps of unaligned numbers depend on the address.
+/// What is known of n softmax rows: maxima so far, and sums of exp(logit - maximum). Rows of which nothing is known
+/// have a maximum of `kNoMax` and a sum of 0. All of it aligned as an `Arena` does: exps of unaligned numbers depend on
+/// the address.
 inline constexpr float kNoMax = std::numeric_limits<float>::lowest();
 
 /// Takes the maxima and sums of one more tile in.
@@ -104,8 +105,8 @@ inline void add_scaled(float* to, const float* x, Index n, float factor) noexcep
   Floats(to, n) += factor * ConstFloats(x, n);
 }
 
-/// to[j] += sum over r of factor[r * factor_stride] * rows[r * row_stride + j], for `count` rows. Eight at a time: several rows
-/// are on their way from memory, and sums stay in registers meanwhile.
+/// to[j] += sum over r of factor[r * factor_stride] * rows[r * row_stride + j], for `count` rows. Eight at a time:
+/// several rows are on their way from memory, and sums stay in registers meanwhile.
 inline void add_rows(const float* rows, Index row_stride, const float* factor, Index factor_stride, Index count,
                      Index n, float* to) noexcept {
   Index r = 0;

@@ -31,8 +31,8 @@ struct ClassProblem {
 /// All heads are one batch of equal tiles, `[H, max R, 1 + max C]`: heads that have fewer candidates or centres are padded,
 /// padding rows fall into class 0 and padding columns do not win. Tiles without a row in them cost nothing.
 ///
-/// Values are compared first. A cosine of keys is at most 1, so keys are compared only where that of the values is above tau,
-/// and above the best centre so far: no class is another for it.
+/// Values are compared first. A cosine of keys is at most 1, so keys are compared only where that of the values is
+/// above tau, and above the best centre so far: no class is another for it.
 /// Cost: 2 * R * C * E FLOPs per head, and at most 2 * R * C * D for the keys; memory O(tile) per worker.
 class ZeroClassBatcher {
  public:
@@ -209,8 +209,8 @@ class ZeroClassBatcher {
     }
   }
 
-  /// The first of `count` similarities that is the largest, ties included, if it beats the best so far, which it then is;
-  /// else -1.
+  /// The first of `count` similarities that is the largest, ties included, if it beats the best so far, which it then
+  /// is; else -1.
   static Index choose(const float* sim, Index count, float& best, RowId winner) noexcept {
     const float most = detail::max_of(sim, count);
     if (most <= best + (winner == 0 ? 0.f : kTie)) return -1;
