@@ -42,13 +42,7 @@ void add_type(const Settings& settings, const char* name) {
 }  // namespace
 
 void register_benchmarks(const Settings& settings) {
-  add_type<float>(settings, "f32");
-  add_type<Float16>(settings, "f16");
-  add_type<BFloat16>(settings, "bf16");
-  add_type<Float8E4M3>(settings, "fp8_e4m3");
-  add_type<Int8>(settings, "int8");
-  add_type<BlockQ8_0>(settings, "q8_0");
-  add_type<BlockQ4_0>(settings, "q4_0");
+  for_each_storage([&]<Stored E>(const char* storage) { add_type<E>(settings, storage); });
 }
 
 }  // namespace kvfold::bench

@@ -80,7 +80,7 @@ void shares(benchmark::State& state, const Settings& settings, const Model& mode
 void register_benchmarks(const Settings& settings) {
   for (const Model& model : kModels) {
     for (const Index rows : kContexts) {
-      if (settings.quick && (rows > kContexts[0] || model.name != kSmolLm.name)) continue;
+      if (is_left_out(settings, model, rows)) continue;
       for (const Index threads : {1, 2}) {
         add(name_of("end_to_end", model.name, "f16", rows, threads),
             [=](benchmark::State& state) { compress(state, settings, model, rows, threads); });

@@ -28,7 +28,7 @@ void register_benchmarks(const Settings& settings) {
   for (const Model& model : kModels) {
     for (const Index rows : kContexts) {
       for (const Index threads : {1, 2}) {
-        if (settings.quick && (rows > kContexts[0] || model.name != kSmolLm.name)) continue;
+        if (is_left_out(settings, model, rows)) continue;
         add(name_of("score_window", model.name, "f16", rows, threads),
             [=](benchmark::State& state) { score(state, settings, model, rows, threads); });
       }

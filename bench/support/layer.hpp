@@ -162,4 +162,16 @@ struct Queries {
   std::vector<Position> positions;
 };
 
+/// Calls f.template operator()<E>(name) for each storage type.
+template <class F>
+void for_each_storage(F f) {
+  f.template operator()<float>("f32");
+  f.template operator()<Float16>("f16");
+  f.template operator()<BFloat16>("bf16");
+  f.template operator()<Float8E4M3>("fp8_e4m3");
+  f.template operator()<Int8>("int8");
+  f.template operator()<BlockQ8_0>("q8_0");
+  f.template operator()<BlockQ4_0>("q4_0");
+}
+
 }  // namespace kvfold::bench

@@ -274,6 +274,26 @@ class Pipeline {
   WorkspaceBuffer score_space_, budget_space_, tier_space_, class_space_, merge_space_, whole_space_;
 };
 
+/// Whether a quick run leaves this out: it takes the smallest model and length.
+[[nodiscard]] inline bool is_left_out(const Settings& settings, const Model& model, Index rows) {
+  return settings.quick && (rows > kContexts[0] || model.name != kSmolLm.name);
+}
+
+/// Registers a stage that is run alone, on one thread, for each model and length. \param stage_of Stage(Pipeline&)
+template <class F>
+void add_stage(const Settings& settings, const char* name, F stage_of) {
+  for (const Model& model : kModels) {
+    for (const Index rows : kContexts) {
+      if (is_left_out(settings, model, rows)) continue;
+      add(name_of(name, model.name, "f16", rows, 1), [=](benchmark::State& state) {
+        Pipeline<Float16> p(model, rows, 1);
+        p.run_all();
+        measure(state, settings, stage_of(p), p.pool);
+      });
+    }
+  }
+}
+
 /// The log-sum-exps of all queries, as an engine's attention would leave them.
 template <Stored E>
 void fill_log_sum_exps(Pipeline<E>& p) {

@@ -2,6 +2,7 @@
 /// The queries of a running llama.cpp context, read while they are computed. Needs llama.h; not part of the umbrella header.
 #pragma once
 
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -211,13 +212,16 @@ class LlamaQueryTap {
         return {StatusCode::unsupported, "tap", "tokens do not have one position each"};
       }
       Track& track = tracks[detail::at(layer)];
-      for (Index i = 0; i < tokens; ++i) {
-        std::int32_t position = 0;
-        ggml_backend_tensor_get(places, &position, detail::at(i) * sizeof position, sizeof position);
-        if (position <= track.last) track = {};
-        track.last = position;
-        if (layer < model.layers) positions[detail::at(track.seen % capacity)] = position;
-        ++track.seen;
+      std::array<std::int32_t, 256> piece;  // where the graph is on a device, each reading waits for it
+      for (Index i = 0; i < tokens; i += static_cast<Index>(piece.size())) {
+        const auto n = std::min(piece.size(), detail::at(tokens - i));
+        ggml_backend_tensor_get(places, piece.data(), detail::at(i) * sizeof piece[0], n * sizeof piece[0]);
+        for (const Position position : std::span(piece).first(n)) {
+          if (position <= track.last) track = {};
+          track.last = position;
+          if (layer < model.layers) positions[detail::at(track.seen % capacity)] = position;
+          ++track.seen;
+        }
       }
       if (layer == model.layers) {
         const std::size_t bytes = key.size_bytes();
