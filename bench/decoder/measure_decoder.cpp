@@ -77,8 +77,9 @@ class Prompt {
   double compress(const kvfold::Ems& ems, decoder::Sequence& copy) {
     double spent = 0.0;
     for (std::size_t i = 0; i < copy.layers.size(); ++i) {
-      const auto queries = kvfold::token_major_queries(window_[i].queries.data(), shape_.query_heads(), shape_.key_dim,
-                                                       window_[i].positions);
+      auto queries = kvfold::token_major_queries(window_[i].queries.data(), shape_.query_heads(), shape_.key_dim,
+                                                 window_[i].positions);
+      queries.log_sum_exp = window_[i].log_sum_exp;
       const auto start = Clock::now();
       run(ems, copy.layers[i], queries);
       spent += seconds_since(start);
@@ -103,7 +104,7 @@ class Prompt {
 
  private:
   struct Window {
-    std::vector<float> queries;
+    std::vector<float> queries, log_sum_exp;
     std::vector<kvfold::Position> positions;
   };
 
@@ -114,6 +115,10 @@ class Prompt {
       for (Index q = 0; q < shape_.query_heads(); ++q) {
         window.queries.insert(window.queries.end(), queries.row(q, i), queries.row(q, i) + shape_.key_dim);
       }
+    }
+    for (Index q = 0; q < shape_.query_heads(); ++q) {
+      const auto end = queries.log_sum_exp.begin() + (q + 1) * queries.rows();
+      window.log_sum_exp.insert(window.log_sum_exp.end(), end - kWindow, end);
     }
   }
 

@@ -193,8 +193,37 @@ TEST(AttentionWeightsEvidence, IsRefusedWhereItDoesNotFitTheView) {
   EXPECT_TRUE(says(status([](W& w) { w.query_heads = 2; }), StatusCode::size_mismatch, "weights"));
   EXPECT_TRUE(says(status([](W& w) { w.row_stride = 39; }), StatusCode::size_mismatch, "weights"));
   EXPECT_TRUE(says(status([](W& w) { w.head_stride = -1; }), StatusCode::size_mismatch, "weights"));
-  weights.data[0] = kNaN;
-  EXPECT_TRUE(says(status([](W&) {}), StatusCode::not_finite, "weights"));
+  for (const float bad : {kNaN, std::numeric_limits<float>::infinity()}) {
+    weights.data[0] = bad;
+    EXPECT_TRUE(says(status([](W&) {}), StatusCode::not_finite, "weights"));
+  }
+  weights.data[0] = -1e-9f;
+  EXPECT_TRUE(says(status([](W&) {}), StatusCode::invalid_argument, "weights"));
+  weights.data[0] = -0.f;
+  EXPECT_TRUE(status([](W&) {}).ok());
+}
+
+TEST(AttentionWeightsEvidence, OfManyRowsIsAddedUpInPieces) {
+  const LayerShape shape{2, 2, 4, 4};
+  auto cache = make_cache(shape, 2500);
+  cache.resize(1, 1030);  // of the three pieces of a head, this one has none, or six rows, in the last two
+  const OwnedQueries owned = make_queries(shape, 21, 2500);
+  OwnedWeights weights(cache, owned.view());
+  const GlobalLocalScorer scorer({.window = 4});
+  const Scored wanted = run_score(scorer, cache, owned.view()), got = run_score(scorer, cache, weights.view);
+  ASSERT_TRUE(wanted.status.ok() && got.status.ok());
+  EXPECT_TRUE(close_to(got.score, wanted.score));
+
+  const auto weight = [&](Index q, Index i, Index t) -> float& {
+    return nth(weights.data, q * weights.view.head_stride + i * weights.view.row_stride + t);
+  };
+  weight(3, 17, 1040) = kNaN;  // beyond the rows of its head
+  EXPECT_TRUE(run_score(scorer, cache, weights.view).status.ok());
+  weight(3, 5, 1029) = -1.f;
+  weight(1, 20, 2499) = kNaN;
+  const Status first = run_score(scorer, cache, weights.view).status;
+  EXPECT_TRUE(says(first, StatusCode::not_finite, "weights"));
+  EXPECT_EQ(first.head(), 0);
 }
 
 TEST(AttentionWeightsEvidence, DoesNotTellHowManyQueriesSawARow) {

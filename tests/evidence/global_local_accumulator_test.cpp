@@ -253,6 +253,19 @@ TEST_P(GlobalLocalAccumulatorSweep, OnePassWithLogSumExpsEqualsTwoPasses) {
   }
 }
 
+TEST_P(GlobalLocalAccumulatorSweep, LogSumExpsMayBeGivenForSomeChunks) {
+  auto never = make_accumulator(shape_, kLength, options_);
+  auto sometimes = make_accumulator(shape_, kLength, options_);
+  ASSERT_TRUE(read(never, prompt_, {kLength}).ok());
+  for (Index first = 0; first < kLength; first += 50) {
+    const Given given = first / 50 % 2 == 0 ? Given::queries_and_log_sum_exps : Given::queries;
+    ASSERT_TRUE(read(sometimes, prompt_, {std::min<Index>(50, kLength - first)}, given, first).ok());
+  }
+  const OwnedSums wanted = summarize(never, prompt_.cache), got = summarize(sometimes, prompt_.cache);
+  EXPECT_TRUE(close_to(got.global, wanted.global));
+  EXPECT_EQ(got.local, wanted.local);
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Cases, GlobalLocalAccumulatorSweep,
     testing::Values(StreamCase{1, GroupReduction::max, 32, 1}, StreamCase{1, GroupReduction::mean, 1, 3},
@@ -516,6 +529,21 @@ TEST_P(WrongLogSumExps, AreRefusedAndNothingHasChanged) {
   ASSERT_TRUE(says(observe(accumulator, prompt.cache, queries), StatusCode::invalid_argument, "queries"));
   EXPECT_EQ(accumulator.observed_queries(), 150);
   EXPECT_TRUE(summarize(accumulator, prompt.so_far(150)) == before);
+}
+TEST_P(WrongLogSumExps, AreFoundWhenTheirQueriesLeaveTheWindow) {
+  const LayerShape shape{2, 2, 8, 4};
+  const Prompt prompt(shape, 200);
+  auto accumulator = make_accumulator(shape, 200, {.window = 16});
+  ASSERT_TRUE(read(accumulator, prompt, {100}, Given::queries_and_log_sum_exps).ok());
+  const CacheSoFar view = prompt.so_far(116);
+  QueryRows queries = prompt.chunk(100, 16);
+  std::vector<float> lse = log_sum_exps(view, queries);
+  for (float& x : lse) x += GetParam();
+  queries.log_sum_exp = lse;
+  ASSERT_TRUE(observe(accumulator, view, queries).ok());
+  const Status late = read(accumulator, prompt, {84}, Given::queries_and_log_sum_exps, 116);
+  EXPECT_TRUE(says(late, StatusCode::invalid_argument, "queries"));
+  EXPECT_EQ(accumulator.observed_queries(), 116);
 }
 INSTANTIATE_TEST_SUITE_P(Offsets, WrongLogSumExps, testing::Values(-20.f, -3.f, -0.5f, 0.5f, 3.f, 20.f),
                          [](const auto& c) {

@@ -20,6 +20,18 @@ struct QueryRange {
   Index step = 1;
 };
 
+/// Queries that are looked at one after the other with those of other segments, as if they were of one QueryRows.
+struct QuerySegment {
+  QueryRows queries;
+  QueryRange range;
+  const float* log_sum_exp = nullptr;  ///< of query head q and row i at [q * log_sum_exp_stride + i], or null
+  Index log_sum_exp_stride = 0;
+
+  static QuerySegment of(const QueryRows& queries, QueryRange range) noexcept {
+    return {queries, range, queries.log_sum_exp.empty() ? nullptr : queries.log_sum_exp.data(), queries.rows()};
+  }
+};
+
 /// One of the `count` shares that the queries of a head are split into: every count-th block of them, from `index` on.
 /// Each share has column sums of its own, which are added up in the order of shares.
 struct Lane {
@@ -95,18 +107,19 @@ struct ColumnScratch {
 /// For a query row, the softmax over its visible rows is accumulated tile by tile with the tile's own maximum, and
 /// corrected by one factor per tile when the row's log-sum-exp is known: one product and one exp per weight.
 ///
+/// Where each of them has its log-sum-exp, it is one pass, else two over weights that are kept meanwhile.
+///
 /// \param columns [C][T]: C = 1 accumulates the mean over the group, C = G keeps query heads apart.
 /// \returns not_finite when queries, keys or log masses hold NaN or infinity.
 /// Cost: 2 * count * G * T * D FLOPs and count * G * T exps.
 template <KVCacheView V>
 class ColumnAccumulator {
  public:
-  ColumnAccumulator(const V& view, Index h, const QueryRows& queries, QueryRange range, float weight,
-                    ColumnScratch scratch, std::span<float> columns, Index column_count, Lane lane = {}) noexcept
+  ColumnAccumulator(const V& view, Index h, std::span<const QuerySegment> segments, float weight, ColumnScratch scratch,
+                    std::span<float> columns, Index column_count, Lane lane = {}) noexcept
       : view_(view),
         h_(h),
-        queries_(queries),
-        range_(range),
+        segments_(segments),
         weight_(weight),
         s_(scratch),
         columns_(columns),
@@ -117,43 +130,50 @@ class ColumnAccumulator {
         rows_(static_cast<Index>(view.size(h))) {}
 
   Status run() noexcept {
-    const Index total = range_.count * group_;
+    Index total = 0;
+    for (const QuerySegment& segment : segments_) {
+      total += segment.range.count * group_;
+      one_pass_ = one_pass_ && (segment.range.count == 0 || segment.log_sum_exp != nullptr);
+    }
     if (total == 0) return {};
-    // Blocks of one size, the same number in each lane.
-    const Index rounds = (total - 1) / (kQueryTile * lane_.count) + 1;
-    const Index block = (total - 1) / (rounds * lane_.count) + 1;
-    for (Index first = lane_.index * block; first < total; first += lane_.count * block) {
+    // Blocks of one size, the same number in each lane; few queries take no more lanes than they fill blocks.
+    const Index lanes = std::min(lane_.count, (total - 1) / kQueryTile + 1);
+    if (lane_.index >= lanes) return {};
+    const Index rounds = (total - 1) / (kQueryTile * lanes) + 1;
+    const Index block = (total - 1) / (rounds * lanes) + 1;
+    for (Index first = lane_.index * block; first < total; first += lanes * block) {
       if (Status bad = load_block(first, std::min(block, total - first)); !bad.ok()) return bad;
-      if (Status bad = queries_.log_sum_exp.empty() ? two_step() : one_step(); !bad.ok()) return bad;
+      if (Status bad = one_pass_ ? one_step() : two_step(); !bad.ok()) return bad;
     }
     return {};
   }
 
  private:
-  // Row r of a block is query range.first + (r / G) * step of query head h * G + r % G: neighbours see alike.
+  // Rows of a block are (query, query head of the group), in this order: neighbours see alike.
   Status load_block(Index first, Index count) noexcept {
     count_ = count;
     first_ = first;
     most_visible_ = 0;
+    const QuerySegment* segment = segments_.data();
+    Index before = 0;  // queries of the segments before this one
     for (Index r = 0; r < count; ++r) {
-      const Index i = query_of(r);
-      const float* from = queries_.row(h_ * group_ + group_of(r), i);
-      std::copy_n(from, dim_, s_.queries.data() + r * dim_);
-      if (r == 0 || i != query_of(r - 1)) {
-        visible_[at(r)] = visible_rows(view_, h_, queries_.positions[at(i)]);
-      } else {
-        visible_[at(r)] = visible_[at(r - 1)];
-      }
-      most_visible_ = std::max(most_visible_, visible_[at(r)]);
+      const Index k = (first + r) / group_, q = h_ * group_ + group_of(r);
+      for (; k >= before + segment->range.count; ++segment) before += segment->range.count;
+      const QueryRows& queries = segment->queries;
+      const Index i = segment->range.first + (k - before) * segment->range.step;
+      query_[r] = i;
+      std::copy_n(queries.row(q, i), dim_, s_.queries.data() + r * dim_);
+      visible_[r] = r > 0 && group_of(r) > 0 ? visible_[r - 1] : visible_rows(view_, h_, queries.positions[at(i)]);
+      most_visible_ = std::max(most_visible_, visible_[r]);
+      if (one_pass_) log_sum_exp_[r] = segment->log_sum_exp[q * segment->log_sum_exp_stride + i];
     }
     if (!all_finite(s_.queries.data(), count * dim_)) {
-      return {StatusCode::not_finite, "queries", "has a NaN or an infinity", h_, query_of(0)};
+      return {StatusCode::not_finite, "queries", "has a NaN or an infinity", h_, query_[0]};
     }
-    scale(s_.queries.data(), count * dim_, queries_.logit_scale());
+    scale(s_.queries.data(), count * dim_, segment->queries.logit_scale());
     return {};
   }
 
-  [[nodiscard]] Index query_of(Index r) const noexcept { return range_.first + (first_ + r) / group_ * range_.step; }
   [[nodiscard]] Index group_of(Index r) const noexcept { return (first_ + r) % group_; }
   [[nodiscard]] float row_weight() const noexcept {
     return column_count_ == 1 ? weight_ / static_cast<float>(group_) : weight_;
@@ -180,7 +200,7 @@ class ColumnAccumulator {
   }
 
   [[nodiscard]] Index visible_in(Index r, Index t, Index n) const noexcept {
-    return std::clamp<Index>(visible_[at(r)] - t, 0, n);
+    return std::clamp<Index>(visible_[r] - t, 0, n);
   }
 
   [[nodiscard]] float* weight_tile(Index t) const noexcept { return s_.weights.data() + t * kQueryTile; }
@@ -229,17 +249,15 @@ class ColumnAccumulator {
         const Index seen = visible_in(r, t, n);
         std::fill(w + seen, w + n, 0.f);
         if (seen == 0) continue;
-        const auto q = static_cast<std::size_t>(h_ * group_ + group_of(r));
-        const float lse = queries_.log_sum_exp[q * queries_.positions.size() + at(query_of(r))];
-        row_sum_[r] += exp_shifted(w, seen, lse);
+        row_sum_[r] += exp_shifted(w, seen, log_sum_exp_[r]);
       }
       add_tile(t, n, s_.weights.data());
     }
     // A softmax sums to 1: anything else means that the log-sum-exp is of other queries or keys.
     for (Index r = 0; r < count_; ++r) {
-      if (visible_[at(r)] > 0 && !(std::abs(row_sum_[r] - 1.f) <= 0.01f)) {
+      if (visible_[r] > 0 && !(std::abs(row_sum_[r] - 1.f) <= 0.01f)) {
         return {StatusCode::invalid_argument, "queries", "log_sum_exp does not fit these queries and keys", h_,
-                query_of(r)};
+                query_[r]};
       }
     }
     return {};
@@ -261,8 +279,7 @@ class ColumnAccumulator {
 
   const V& view_;
   Index h_;
-  const QueryRows& queries_;
-  QueryRange range_;
+  std::span<const QuerySegment> segments_;
   float weight_;
   ColumnScratch s_;
   std::span<float> columns_;
@@ -270,7 +287,9 @@ class ColumnAccumulator {
   Lane lane_;
   Index group_, dim_, rows_;
   Index first_ = 0, count_ = 0, most_visible_ = 0;
-  Index visible_[kQueryTile] = {};
+  bool one_pass_ = true;
+  Index query_[kQueryTile] = {}, visible_[kQueryTile] = {};
+  float log_sum_exp_[kQueryTile] = {};
   // Aligned, so that the same numbers always take the same path through vector code, whose exp differs from the scalar
   // one.
   alignas(Arena::kAlignment) float row_sum_[kQueryTile] = {};

@@ -123,9 +123,10 @@ template <KVCacheView V>
       if (!status.ok() || (!split && lane.index > 0)) return;
       const std::span<float> sums =
           split ? others.begin(h, lane.index, store.block(all, columns, h)) : store.block(all, columns, h);
-      status =
-          ColumnAccumulator(view, h, queries, range, weight, scratch[at(worker)], sums, columns, split ? lane : Lane{})
-              .run();
+      const QuerySegment segment = QuerySegment::of(queries, range);
+      status = ColumnAccumulator(view, h, std::span(&segment, 1), weight, scratch[at(worker)], sums, columns,
+                                 split ? lane : Lane{})
+                   .run();
     };
     run(local, 1.f, !global_is_more, store.local);
     run(global, stride_weight, global_is_more, store.global);
@@ -162,6 +163,33 @@ void measure(const V& view, const QueryRows& queries, const ColumnRequest& want,
   arena.rewind(mark);
 }
 
+/// Columns of weights that are added up together: so few that several rows of them fit into the first cache.
+inline constexpr Index kColumnPiece = 1024;
+
+template <KVCacheView V>
+[[nodiscard]] Index piece_count(const V& view) noexcept {
+  return (max_rows(view) - 1) / kColumnPiece + 1;
+}
+
+/// to[j] += factor * the sum over a range of rows of weights, n columns of them.
+inline Status add_weights(const float* weights, Index row_stride, QueryRange range, float factor, Index h, Index n,
+                          float* to) noexcept {
+  constexpr Index kRows = 8;  // at a time, as `add_rows` takes them
+  for (Index k = 0; k < range.count; k += kRows) {
+    const float* rows = weights + (range.first + k * range.step) * row_stride;
+    const Index count = std::min(kRows, range.count - k), stride = range.step * row_stride;
+    for (Index r = 0; r < count; ++r) {
+      const float* row = rows + r * stride;
+      if (all_weights(row, n)) continue;
+      const Index i = range.first + (k + r) * range.step;
+      if (!all_finite(row, n)) return {StatusCode::not_finite, "weights", "has a NaN or an infinity", h, i};
+      return {StatusCode::invalid_argument, "weights", "has a weight below 0", h, i};
+    }
+    add_rows(rows, stride, &factor, 0, count, n, to);
+  }
+  return {};
+}
+
 template <KVCacheView V>
 [[nodiscard]] Result<ColumnSums> collect(const V& view, const AttentionWeights& weights, const ColumnRequest& want,
                                          Arena& arena, Executor auto& executor) noexcept {
@@ -175,37 +203,30 @@ template <KVCacheView V>
     return Status{StatusCode::size_mismatch, "weights", "row_stride is less than the rows of the largest head"};
   }
   const ColumnDetail detail = want.per_query_head ? ColumnDetail::query_head : ColumnDetail::kv_head;
-  const Index columns = column_count(detail, shape.group_size);
-  const ColumnStorage store = ColumnStorage::take(view, columns, arena);
+  const Index columns = column_count(detail, shape.group_size), pieces = piece_count(view);
+  const ColumnStorage store = ColumnStorage::take(view, columns, arena, pieces);
   if (Status bad = check(arena); !bad.ok()) return bad;
   store.clear();
 
-  const Index before = weights.rows - std::min(want.window, weights.rows);
-  auto task = [&](Index h, Index) noexcept {
-    const auto rows = static_cast<Index>(view.size(h));
-    const float share = columns == 1 ? 1.f / static_cast<float>(shape.group_size) : 1.f;
-    for (Index g = 0; g < shape.group_size; ++g) {
-      const Index c = columns == 1 ? 0 : g;
-      float* glo = store.block(store.global, columns, h).data() + c * rows;
-      float* loc = store.block(store.local, columns, h).data() + c * rows;
-      for (Index i = 0; i < weights.rows; ++i) {
-        const bool in_window = i >= before;
-        if (!in_window && (!want.global || i % want.query_stride != want.query_stride / 2)) continue;
-        const float* row = weights.data + (h * shape.group_size + g) * weights.head_stride + i * weights.row_stride;
-        if (!all_finite(row, rows)) {
-          store.status[at(h)] = {StatusCode::not_finite, "weights", "has a NaN or an infinity", h, i};
-          return;
-        }
-        if (min_of(row, rows) < 0.f) {
-          store.status[at(h)] = {StatusCode::invalid_argument, "weights", "has a weight below 0", h, i};
-          return;
-        }
-        add_scaled(glo, row, rows, in_window ? share : share * static_cast<float>(want.query_stride));
-        if (in_window) add_scaled(loc, row, rows, share);
-      }
+  const Index window = std::min(want.window, weights.rows), before = weights.rows - window;
+  const QueryRange local{before, window, 1};
+  const QueryRange global = want.global ? sampled(0, before, 0, want.query_stride) : QueryRange{};
+  const float share = columns == 1 ? 1.f / static_cast<float>(shape.group_size) : 1.f;
+  auto task = [&](Index i, Index) noexcept {
+    const Index h = i / pieces, first = i % pieces * kColumnPiece;
+    const Index n = std::min(kColumnPiece, static_cast<Index>(view.size(h)) - first);
+    Status& status = store.status[at(i)];
+    for (Index g = 0; n > 0 && status.ok() && g < shape.group_size; ++g) {
+      const Index place = (columns == 1 ? 0 : g) * static_cast<Index>(view.size(h)) + first;
+      float* glo = store.block(store.global, columns, h).data() + place;
+      float* loc = store.block(store.local, columns, h).data() + place;
+      const float* from = weights.data + (h * shape.group_size + g) * weights.head_stride + first;
+      status = add_weights(from, weights.row_stride, global, share * static_cast<float>(want.query_stride), h, n, glo);
+      if (status.ok()) status = add_weights(from, weights.row_stride, local, share, h, n, loc);
+      if (g + 1 == shape.group_size || columns > 1) add(glo, loc, n);
     }
   };
-  executor.run(shape.kv_heads, task);
+  executor.run(shape.kv_heads * pieces, task);
   if (Status bad = first_error(store.status); !bad.ok()) return bad;
   ColumnSums sums = store.result(detail, want.window);
   sums.seen = {};  // softmax rows do not say what was masked
@@ -214,7 +235,8 @@ template <KVCacheView V>
 
 template <KVCacheView V>
 void measure(const V& view, const AttentionWeights&, const ColumnRequest& want, Arena& arena, Index) noexcept {
-  static_cast<void>(ColumnStorage::take(view, want.per_query_head ? view.shape().group_size : 1, arena));
+  static_cast<void>(
+      ColumnStorage::take(view, want.per_query_head ? view.shape().group_size : 1, arena, piece_count(view)));
 }
 
 template <KVCacheView V>

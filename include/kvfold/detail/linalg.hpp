@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 
 #include <Eigen/Core>
@@ -59,6 +61,16 @@ inline void add_product(const float* a, Index a_stride, Index m, const float* b,
 
 [[nodiscard]] inline float dot(const float* x, const float* y, Index n) noexcept {
   return ConstFloats(x, n).matrix().dot(ConstFloats(y, n).matrix());
+}
+/// Whether all of x are finite and at least 0, in one pass: the bits of such numbers are below those of all others but -0.
+[[nodiscard]] inline bool all_weights(const float* x, Index n) noexcept {
+  constexpr std::uint32_t kNegativeZero = 0x80000000u, kInfinity = 0x7f800000u;
+  std::uint32_t most = 0;
+  for (Index i = 0; i < n; ++i) {
+    const auto bits = std::bit_cast<std::uint32_t>(x[i]);
+    most = std::max(most, bits == kNegativeZero ? 0u : bits);
+  }
+  return most < kInfinity;
 }
 /// How many of x are above a number. A loop that compilers vectorise.
 [[nodiscard]] inline Index count_above(const float* x, Index n, float least) noexcept {

@@ -15,7 +15,7 @@ namespace kvfold {
 /// are; older ones have been added to the global sums and are forgotten. `summarize` gives the sums over everything
 /// observed so far, and observing may go on. For any chunking, the result equals one-shot scoring to rounding.
 ///
-/// Memory: H * C * T + H * T floats of state and three times that for results, and W * H * G * D floats of queries. The
+/// Memory: H * C * T + H * T floats of state and three times that for results, and W * H * G * (D + 1) floats of queries. The
 /// workspace holds 64 * T floats for each worker and max(H, 16 to 16 + H) * C * T of sums.
 class GlobalLocalAccumulator {
  public:
@@ -60,6 +60,7 @@ class GlobalLocalAccumulator {
     std::fill(state_.marks.begin(), state_.marks.end(), 0.f);
     std::fill(state_.rows.begin(), state_.rows.end(), Index{0});
     observed_ = 0;
+    log_sum_exp_since_ = 0;
   }
 
   [[nodiscard]] Index observed_queries() const noexcept { return observed_; }
@@ -75,6 +76,7 @@ class GlobalLocalAccumulator {
   }
 
   /// Takes the queries of the next positions. Their rows must be in the cache already. Nothing changes when it fails.
+  /// Log-sum-exps that do not fit are found when their queries leave the window.
   /// Cost: 2 * n / s * G * T * D FLOPs per head for n queries, half of it under the causal mask.
   template <KVCacheView V, Executor X>
   Status observe(const V& view, const QueryRows& queries, Workspace workspace, X& executor) noexcept {
@@ -110,14 +112,20 @@ class GlobalLocalAccumulator {
       if (lane.index == 0) std::fill(sums.begin(), sums.end(), 0.f);
       sums = others.begin(h, lane.index, sums);
       Status& status = scratch.status[detail::at(i)];
-      for_ring(oldest, from_ring, [&](const QueryRows& ring, Index sequence) {
-        const auto range = detail::sampled(0, ring.rows(), sequence, options_.query_stride);
-        if (status.ok())
-          status = detail::ColumnAccumulator(view, h, ring, range, weight, s, sums, columns(), lane).run();
+      detail::QuerySegment segments[kMostPieces + 1];
+      std::size_t count = 0;
+      for_ring(oldest, from_ring, [&](detail::QuerySegment ring, Index sequence) {
+        ring.range = detail::sampled(0, ring.range.count, sequence, options_.query_stride);
+        segments[count++] = ring;
       });
-      const auto range = detail::sampled(0, from_chunk, observed_, options_.query_stride);
-      if (status.ok())
-        status = detail::ColumnAccumulator(view, h, queries, range, weight, s, sums, columns(), lane).run();
+      segments[count++] =
+          detail::QuerySegment::of(queries, detail::sampled(0, from_chunk, observed_, options_.query_stride));
+      // All in one go, unless the engine has begun or ended to give log-sum-exps.
+      const std::size_t step = have_alike_sums(std::span(segments, count)) ? count : 1;
+      for (std::size_t k = 0; k < count && status.ok(); k += step) {
+        const auto some = std::span(segments).subspan(k, step);
+        status = detail::ColumnAccumulator(view, h, some, weight, s, sums, columns(), lane).run();
+      }
       // Queries that stay in the ring are looked at later; a NaN in them must not get in.
       for (Index g = 0; lane.index == 0 && status.ok() && g < shape_.group_size; ++g) {
         for (Index q = 0; q < n; ++q) {
@@ -136,9 +144,9 @@ class GlobalLocalAccumulator {
       const std::span<float> sums = scratch.sums_of(h, columns() * rows);
       others.join(h, sums);
       for (Index c = 0; c < columns(); ++c) detail::add(global(h, c), sums.data() + c * rows, rows);
-      for_ring(oldest, from_ring, [&](const QueryRows& ring, Index sequence) {
-        detail::mark_last_seen(view, h, ring, detail::sampled(0, ring.rows(), sequence, options_.query_stride), weight,
-                               marks(h));
+      for_ring(oldest, from_ring, [&](const detail::QuerySegment& ring, Index sequence) {
+        const auto range = detail::sampled(0, ring.range.count, sequence, options_.query_stride);
+        detail::mark_last_seen(view, h, ring.queries, range, weight, marks(h));
       });
       detail::mark_last_seen(view, h, queries, detail::sampled(0, from_chunk, observed_, options_.query_stride), weight,
                              marks(h));
@@ -178,12 +186,16 @@ class GlobalLocalAccumulator {
       std::span<float> loc = local(h);
       if (lane.index == 0) std::fill(loc.begin(), loc.end(), 0.f);
       loc = others.begin(h, lane.index, loc);
-      Status& status = scratch.status[detail::at(i)];
-      for_ring(observed_ - held, held, [&](const QueryRows& ring, Index) {
-        const detail::QueryRange all{0, ring.rows(), 1};
-        const detail::ColumnScratch& s = scratch.columns[detail::at(worker)];
-        if (status.ok()) status = detail::ColumnAccumulator(view, h, ring, all, 1.f, s, loc, columns(), lane).run();
+      detail::QuerySegment segments[kMostPieces];
+      std::size_t count = 0;
+      for_ring(observed_ - held, held, [&](detail::QuerySegment ring, Index) {
+        ring.log_sum_exp = nullptr;  // sums over the window are the same bits, whether there are any or not
+        segments[count++] = ring;
       });
+      scratch.status[detail::at(i)] =
+          detail::ColumnAccumulator(view, h, std::span(segments, count), 1.f, scratch.columns[detail::at(worker)], loc,
+                                    columns(), lane)
+              .run();
     };
     executor.run(shape_.kv_heads * others.lanes, sum);
     if (Status bad = detail::first_error(scratch.status); !bad.ok()) return bad;
@@ -194,8 +206,8 @@ class GlobalLocalAccumulator {
       const std::span<float> loc = local(h), seen = state_.seen.subspan(detail::at(first), detail::at(rows));
       others.join(h, loc);
       std::copy_n(marks(h).begin(), rows, seen.begin());
-      for_ring(observed_ - held, held, [&](const QueryRows& ring, Index) {
-        detail::mark_last_seen(view, h, ring, {0, ring.rows(), 1}, 1.f, seen);
+      for_ring(observed_ - held, held, [&](const detail::QuerySegment& ring, Index) {
+        detail::mark_last_seen(view, h, ring.queries, ring.range, 1.f, seen);
       });
       detail::suffix_sum(seen);
       float* out = state_.total.data() + columns() * first;
@@ -221,6 +233,7 @@ class GlobalLocalAccumulator {
     std::span<Index> rows;          // [H] rows at the last observation
     std::span<float> ring;          // [W][H * G][D], query number i in slot i % W
     std::span<Position> positions;  // [W]
+    std::span<float> log_sum_exp;   // [H * G][W] of the queries in the ring, from number `log_sum_exp_since_` on
     std::span<Index> offset;        // [H + 1] results from here on
     std::span<float> total, local;  // [C * sum of T_h]
     std::span<float> seen;          // [sum of T_h]
@@ -270,6 +283,7 @@ class GlobalLocalAccumulator {
     s.rows = arena.take<Index>(shape_.kv_heads);
     s.ring = arena.take<float>(options_.window, shape_.query_heads(), shape_.key_dim);
     s.positions = arena.take<Position>(options_.window);
+    s.log_sum_exp = arena.take<float>(shape_.query_heads(), options_.window);
     s.offset = arena.take<Index>(shape_.kv_heads + 1);
     s.total = arena.take<float>(per_head, max_rows_);
     s.local = arena.take<float>(per_head, max_rows_);
@@ -307,33 +321,51 @@ class GlobalLocalAccumulator {
     return {};
   }
 
-  /// Calls f(queries, number of the first) for the consecutive pieces of queries [first, first + n) in the ring.
+  static constexpr std::size_t kMostPieces = 2;  ///< of the ring, whose end is followed by its beginning
+
+  /// Calls f(segment of all, number of the first) for the consecutive pieces of queries [first, first + n) in the ring.
   template <class F>
   void for_ring(Index first, Index n, F f) const noexcept {
     while (n > 0) {
       const Index slot = first % options_.window;
       const Index piece = std::min(n, options_.window - slot);
-      QueryRows queries =
-          token_major_queries(state_.ring.data() + slot * shape_.query_heads() * shape_.key_dim, shape_.query_heads(),
-                              shape_.key_dim, state_.positions.subspan(detail::at(slot), detail::at(piece)));
-      queries.scale = scale_;
-      f(queries, first);
+      detail::QuerySegment segment{
+          .queries = token_major_queries(state_.ring.data() + slot * shape_.query_heads() * shape_.key_dim,
+                                         shape_.query_heads(), shape_.key_dim,
+                                         state_.positions.subspan(detail::at(slot), detail::at(piece))),
+          .range = {0, piece, 1},
+          .log_sum_exp = first >= log_sum_exp_since_ ? state_.log_sum_exp.data() + slot : nullptr,
+          .log_sum_exp_stride = options_.window};
+      segment.queries.scale = scale_;
+      f(segment, first);
       first += piece;
       n -= piece;
     }
   }
 
+  [[nodiscard]] static bool have_alike_sums(std::span<const detail::QuerySegment> segments) noexcept {
+    return std::all_of(segments.begin(), segments.end(), [&](const detail::QuerySegment& s) {
+      return (s.log_sum_exp == nullptr) == (segments[0].log_sum_exp == nullptr);
+    });
+  }
+
   /// Puts the queries from number `skip` of the chunk on into the ring.
   void remember(const QueryRows& queries, Index skip) noexcept {
+    const bool has_sums = !queries.log_sum_exp.empty();
     for (Index i = skip; i < queries.rows(); ++i) {
       const Index slot = (observed_ + i) % options_.window;
       for (Index q = 0; q < shape_.query_heads(); ++q) {
         std::copy_n(queries.row(q, i), shape_.key_dim,
                     state_.ring.data() + (slot * shape_.query_heads() + q) * shape_.key_dim);
+        if (has_sums) {
+          state_.log_sum_exp[detail::at(q * options_.window + slot)] =
+              queries.log_sum_exp[detail::at(q * queries.rows() + i)];
+        }
       }
       state_.positions[detail::at(slot)] = queries.positions[detail::at(i)];
     }
     observed_ += queries.rows();
+    if (!has_sums) log_sum_exp_since_ = observed_;
     newest_position_ = queries.positions.back();
     scale_ = queries.logit_scale();
   }
@@ -344,6 +376,7 @@ class GlobalLocalAccumulator {
   WorkspaceBuffer memory_;
   State state_;
   Index observed_ = 0;
+  Index log_sum_exp_since_ = 0;  ///< number of the first query since when all had one
   Position newest_position_ = 0;
   float scale_ = 0.f;
 };
