@@ -1,5 +1,6 @@
 #include "evaluation/decoder_engine.hpp"
 
+#include <kvfold/report_of_layers.hpp>
 #include <kvfold/throwing.hpp>
 
 #include <algorithm>
@@ -24,18 +25,6 @@ Outcome outcome_of_full(const decoder::Sequence& sequence) {
   }
   outcome.report.bytes_after = outcome.report.bytes_before;
   return outcome;
-}
-
-void add(kvfold::CompressionReport& sum, const kvfold::CompressionReport& layer) {
-  sum.rows_before += layer.rows_before;
-  sum.rows_kept += layer.rows_kept;
-  sum.rows_merged += layer.rows_merged;
-  sum.rows_evicted += layer.rows_evicted;
-  sum.rows_rewritten += layer.rows_rewritten;
-  sum.bytes_before += layer.bytes_before;
-  sum.bytes_after += layer.bytes_after;
-  sum.kept_score_share += layer.kept_score_share;
-  sum.merged_score_share += layer.merged_score_share;
 }
 
 }  // namespace
@@ -77,15 +66,15 @@ Outcome DecoderEngine::compress_layers(const Method& method, const Compressor& c
   Outcome outcome;
   const Watched watched(compressor, outcome);
   kvfold::WorkspaceBuffer workspace;
+  kvfold::ReportOfLayers layers;
   const auto compress = [&](decoder::Cache& cache, const auto& seen) {
     kvfold::or_throw(workspace.reserve(kvfold::or_throw(watched.workspace_bytes(cache, seen, pool_.concurrency()))));
     const auto plan = kvfold::or_throw(watched.plan(std::as_const(cache), seen, workspace.get(), pool_));
     const auto start = Clock::now();
     const auto report = kvfold::or_throw(kvfold::apply(plan, cache));
     outcome.compress_ms += ms_since(start);
-    add(outcome.report, report);
+    layers.add(report);
   };
-  outcome.report.kept_score_share = 0.f;
   double evidence_ms = 0.0;
   for (std::size_t i = 0; i < sequence_.layers.size(); ++i) {
     decoder::Cache& cache = sequence_.layers[i];
@@ -100,9 +89,7 @@ Outcome DecoderEngine::compress_layers(const Method& method, const Compressor& c
   }
   outcome.compress_ms -= outcome.score_ms;
   if (method.asked == Asked::whole_prompt) outcome.score_ms += evidence_ms + evidence_->observe_ms(method.options);
-  const auto layers = static_cast<float>(sequence_.layers.size());
-  outcome.report.kept_score_share /= layers;
-  outcome.report.merged_score_share /= layers;
+  outcome.report = layers.total();
   return outcome;
 }
 

@@ -16,7 +16,7 @@ namespace evaluation {
 
 /// What a method did to one sequence.
 struct Outcome {
-  kvfold::CompressionReport report;  ///< summed over layers; shares are means
+  kvfold::CompressionReport report;  ///< of all layers, see kvfold::ReportOfLayers
   double score_ms = 0.0;             ///< evidence and scores, all layers
   double compress_ms = 0.0;          ///< budgets, classes, merging and writing, all layers
   /// [layer][head] one letter for each row: k kept, m merged into a kept one, e evicted.

@@ -32,6 +32,7 @@
 
 #include "kvfold/apply.hpp"
 #include "kvfold/compressor.hpp"
+#include "kvfold/report_of_layers.hpp"
 #include "kvfold/batch.hpp"
 #include "kvfold/attend.hpp"
 

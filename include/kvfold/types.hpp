@@ -117,7 +117,7 @@ struct CompressionPlan {
   }
 };
 
-/// What a compression did. Counts are sums over the heads of the layer.
+/// What a compression did. Counts are sums over the heads of the layer; `ReportOfLayers` adds up those of several layers.
 struct CompressionReport {
   Index rows_before = 0;
   Index rows_kept = 0;    ///< rows in the cache afterwards

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <set>
+#include <span>
 #include <string>
 #include <thread>
 #include <utility>
@@ -16,6 +17,7 @@
 #include "builders.hpp"
 #include "counting_memory.hpp"
 #include "merge_oracle.hpp"
+#include "new_rows.hpp"
 
 namespace kvfold::test {
 namespace {
@@ -27,40 +29,14 @@ using Pool = PagePool<Memory>;
 constexpr LayerShape kShape{.kv_heads = 3, .group_size = 2, .key_dim = 32, .value_dim = 64};
 constexpr Index kPageSize = 16;
 
-/// New rows [first, first + n) of every head, the same for every cache.
-struct NewRows {
-  std::vector<float> keys, values;
-  std::vector<Position> positions;
-  Strides key_strides, value_strides;
-
-  NewRows(Index first, Index n, Strides key_order, Strides value_order)
-      : keys(ix(kShape.kv_heads * n * kShape.key_dim)),
-        values(ix(kShape.kv_heads * n * kShape.value_dim)),
-        positions(positions_from(first, n)),
-        key_strides(key_order),
-        value_strides(value_order) {
-    for (Index h = 0; h < kShape.kv_heads; ++h) {
-      for (Index i = 0; i < n; ++i) {
-        Random own(static_cast<std::uint64_t>(1000 * h + first + i)),
-            topic(static_cast<std::uint64_t>((first + i) % 5));
-        const auto next = [&] { return topic.normal() + 0.3f * own.normal(); };  // some rows say nearly the same
-        for (Index d = 0; d < kShape.key_dim; ++d) {
-          keys[ix(h * key_order.head + i * key_order.token + d * key_order.dim)] = next();
-        }
-        for (Index d = 0; d < kShape.value_dim; ++d) {
-          values[ix(h * value_order.head + i * value_order.token + d * value_order.dim)] = next();
-        }
-      }
-    }
-  }
-  NewRows(Index first, Index n)
-      : NewRows(first, n, Strides::head_major(n, kShape.key_dim), Strides::head_major(n, kShape.value_dim)) {}
-
-  template <class Cache>
-  Status append_to(Cache& cache) const {
-    return cache.append(keys.data(), key_strides, values.data(), value_strides, positions);
-  }
-};
+/// The same rows for every cache.
+void fill(Index h, Index t, std::span<float> key, std::span<float> value) {
+  Random own(static_cast<std::uint64_t>(1000 * h + t)), topic(static_cast<std::uint64_t>(t % 5));
+  const auto next = [&] { return topic.normal() + 0.3f * own.normal(); };  // some rows say nearly the same
+  for (float& x : key) x = next();
+  for (float& x : value) x = next();
+}
+NewRows new_rows(Index first, Index n) { return {kShape, first, n, fill}; }
 
 /// Everything that can be read of a cache.
 template <class View>
@@ -118,7 +94,7 @@ class PagedCacheTest : public testing::Test {
   static Cache make(Pool& pool, Index rows = 0) {
     Cache cache = Cache::create(kShape, pool, options()).value();
     if (rows > 0) {
-      EXPECT_TRUE(NewRows(0, rows).append_to(cache).ok());
+      EXPECT_TRUE(new_rows(0, rows).append_to(cache).ok());
     }
     return cache;
   }
@@ -172,11 +148,11 @@ TYPED_TEST(PagedCacheTest, HoldsTheRowsThatAreAppendedWhateverTheirStrides) {
     return std::vector<Strides>{Strides::head_major(n, width), Strides::token_major(kShape.kv_heads, width),
                                 Strides::transposed(n, width)};
   };
-  const NewRows plain(0, 21);
+  const NewRows plain = new_rows(0, 21);
   for (std::size_t order = 0; order < 3; ++order) {
     Pool pool = TestFixture::make_pool();
     auto cache = TestFixture::make(pool);
-    const NewRows rows(0, 21, orders(21, kShape.key_dim)[order], orders(21, kShape.value_dim)[2 - order]);
+    const NewRows rows(kShape, 0, 21, fill, orders(21, kShape.key_dim)[order], orders(21, kShape.value_dim)[2 - order]);
     ASSERT_TRUE(rows.append_to(cache).ok());
     std::vector<float> key(ix(kShape.key_dim)), value(ix(kShape.value_dim));
     for (Index h = 0; h < kShape.kv_heads; ++h) {
@@ -204,7 +180,7 @@ TYPED_TEST(PagedCacheTest, GrowsPageByPageWithoutLosingEarlierRows) {
   }();
   Index rows = 0;
   for (const Index more : {1, 1, 13, 1, 1, 40, 42, 1}) {
-    ASSERT_TRUE(NewRows(rows, more).append_to(cache).ok());
+    ASSERT_TRUE(new_rows(rows, more).append_to(cache).ok());
     rows += more;
     EXPECT_EQ(pool.pages_in_use(), TestFixture::pages_for({rows, rows, rows}));
     EXPECT_EQ(TestFixture::pages_of(cache), pool.pages_in_use()) << "no page twice";
@@ -263,7 +239,7 @@ TYPED_TEST(PagedCacheTest, RowsCanBeAppendedToHeadsOfUnequalLength) {
   auto cache = TestFixture::make(pool, 40);
   cache.resize(0, 3);
   cache.resize(2, 0);
-  ASSERT_TRUE(NewRows(40, 30).append_to(cache).ok());
+  ASSERT_TRUE(new_rows(40, 30).append_to(cache).ok());
   EXPECT_EQ(pool.pages_in_use(), TestFixture::pages_for({33, 70, 30}));
   Pool other_pool = TestFixture::make_pool();
   const auto whole = TestFixture::make(other_pool, 70);
@@ -282,13 +258,13 @@ TYPED_TEST(PagedCacheTest, AnAppendThatThePoolHasNoPagesForChangesNothing) {
   const auto before = contents(cache);
   const Index pages = pool.pages_in_use(), bytes = cache.live_bytes();
   const std::size_t live = Memory::live;
-  const Status status = NewRows(40, 60).append_to(cache);
+  const Status status = new_rows(40, 60).append_to(cache);
   EXPECT_EQ(status.code(), StatusCode::out_of_memory);
   EXPECT_EQ(contents(cache), before);
   EXPECT_EQ(pool.pages_in_use(), pages);
   EXPECT_EQ(cache.live_bytes(), bytes);
   EXPECT_EQ(Memory::live, live);
-  EXPECT_TRUE(NewRows(40, 50).append_to(cache).ok());
+  EXPECT_TRUE(new_rows(40, 50).append_to(cache).ok());
 }
 
 TYPED_TEST(PagedCacheTest, AnAppendThatFindsNoMemoryChangesNothing) {
@@ -301,7 +277,7 @@ TYPED_TEST(PagedCacheTest, AnAppendThatFindsNoMemoryChangesNothing) {
     const std::size_t live = Memory::live;
     Memory::calls = 0;
     Memory::fail_from = ++failing_call;
-    status = NewRows(5, 90).append_to(cache);
+    status = new_rows(5, 90).append_to(cache);
     if (!status.ok()) {
       ASSERT_EQ(status.code(), StatusCode::out_of_memory);
       ASSERT_EQ(contents(cache), before);
@@ -319,7 +295,7 @@ TYPED_TEST(PagedCacheTest, RefusesWhatCannotBeAppended) {
   Pool pool = TestFixture::make_pool();
   auto cache = TestFixture::make(pool, 4);
   const auto before = contents(cache);
-  NewRows rows(4, 2);
+  NewRows rows = new_rows(4, 2);
   EXPECT_EQ(cache.append(nullptr, {}, rows.values.data(), {}, rows.positions).argument(), "keys");
   EXPECT_EQ(cache.append(rows.keys.data(), {}, nullptr, {}, rows.positions).argument(), "values");
   rows.positions = {6, 5};
@@ -427,10 +403,10 @@ TYPED_TEST(PagedCacheTest, PagesThatOneSequenceGivesBackServeAnotherAndLeaveTheF
   Pool pool = TestFixture::make_pool(1, pages);  // room for one sequence
   auto first = TestFixture::make(pool, 100);
   auto second = TestFixture::Cache::create(kShape, pool, TestFixture::options()).value();
-  ASSERT_EQ(NewRows(0, 48).append_to(second).code(), StatusCode::out_of_memory);
+  ASSERT_EQ(new_rows(0, 48).append_to(second).code(), StatusCode::out_of_memory);
   ASSERT_TRUE(method.compress(first, queries.view()).ok());
   const auto kept = contents(first);
-  ASSERT_TRUE(NewRows(500, 48).append_to(second).ok());
+  ASSERT_TRUE(new_rows(500, 48).append_to(second).ok());
   const auto other = contents(second);
   EXPECT_EQ(contents(first), kept);
   std::set<PageId> mine;

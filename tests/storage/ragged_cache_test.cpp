@@ -3,10 +3,13 @@
 
 #include <bit>
 #include <cstdint>
+#include <span>
 #include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
+
+#include "new_rows.hpp"
 
 namespace kvfold {
 namespace {
@@ -45,37 +48,12 @@ std::size_t at(Index i) { return static_cast<std::size_t>(i); }
 float key_of(Index h, Index t, Index d) { return static_cast<float>((h * 59 + t * 7 + d) % 255 - 127); }
 float value_of(Index h, Index t, Index d) { return static_cast<float>((h * 83 + t * 11 + d) % 255 - 127) / 2.f; }
 
-/// New rows [first, first + n) as an engine lays them out.
-struct NewRows {
-  std::vector<float> keys, values;
-  Strides key_strides, value_strides;
-  std::vector<Position> positions;
-
-  NewRows(Index first, Index n, Strides key_order, Strides value_order)
-      : keys(at(kShape.kv_heads * n * kShape.key_dim)),
-        values(at(kShape.kv_heads * n * kShape.value_dim)),
-        key_strides(key_order),
-        value_strides(value_order) {
-    for (Index h = 0; h < kShape.kv_heads; ++h) {
-      for (Index i = 0; i < n; ++i) {
-        for (Index d = 0; d < kShape.key_dim; ++d) {
-          keys[at(h * key_order.head + i * key_order.token + d * key_order.dim)] = key_of(h, first + i, d);
-        }
-        for (Index d = 0; d < kShape.value_dim; ++d) {
-          values[at(h * value_order.head + i * value_order.token + d * value_order.dim)] = value_of(h, first + i, d);
-        }
-      }
-    }
-    for (Index i = 0; i < n; ++i) positions.push_back(first + i);
-  }
-  NewRows(Index first, Index n)
-      : NewRows(first, n, Strides::head_major(n, kShape.key_dim), Strides::head_major(n, kShape.value_dim)) {}
-
-  template <class Cache>
-  Status append_to(Cache& cache) const {
-    return cache.append(keys.data(), key_strides, values.data(), value_strides, positions);
-  }
-};
+/// Rows of these numbers.
+void fill_exactly(Index h, Index t, std::span<float> key, std::span<float> value) {
+  for (Index d = 0; d < kShape.key_dim; ++d) key[at(d)] = key_of(h, t, d);
+  for (Index d = 0; d < kShape.value_dim; ++d) value[at(d)] = value_of(h, t, d);
+}
+test::NewRows new_rows(Index first, Index n) { return {kShape, first, n, fill_exactly}; }
 
 template <class View>
 std::vector<float> keys_of(const View& view, Index h) {
@@ -84,7 +62,7 @@ std::vector<float> keys_of(const View& view, Index h) {
   return out;
 }
 
-/// Whether head h holds exactly `rows`, numbers of rows that NewRows makes.
+/// Whether head h holds exactly `rows`, numbers of rows that `new_rows` makes.
 template <class View>
 void expect_rows(const View& view, Index h, const std::vector<Index>& rows) {
   ASSERT_EQ(view.size(h), static_cast<Index>(rows.size()));
@@ -137,7 +115,7 @@ class RaggedCacheTest : public testing::Test {
 
   static Cache make(Index rows) {
     Cache cache = Cache::create(kShape).value();
-    EXPECT_TRUE(NewRows(0, rows).append_to(cache).ok());
+    EXPECT_TRUE(new_rows(0, rows).append_to(cache).ok());
     return cache;
   }
 };
@@ -165,7 +143,7 @@ TYPED_TEST(RaggedCacheTest, AppendsRowsOfAnyStrides) {
   for (const Strides& keys : orders(6, kShape.key_dim)) {
     for (const Strides& values : orders(6, kShape.value_dim)) {
       auto cache = TestFixture::Cache::create(kShape);
-      ASSERT_TRUE(NewRows(0, 6, keys, values).append_to(cache.value()).ok());
+      ASSERT_TRUE(test::NewRows(kShape, 0, 6, fill_exactly, keys, values).append_to(cache.value()).ok());
       expect_first_rows(cache.value(), 6);
     }
   }
@@ -175,7 +153,7 @@ TYPED_TEST(RaggedCacheTest, GrowsWithoutLosingEarlierRows) {
   auto cache = TestFixture::make(1);
   Index rows = 1;
   for (const Index more : {1, 1, 3, 20, 1, 1, 40}) {
-    ASSERT_TRUE(NewRows(rows, more).append_to(cache).ok());
+    ASSERT_TRUE(new_rows(rows, more).append_to(cache).ok());
     rows += more;
     expect_first_rows(cache, rows);
   }
@@ -184,7 +162,7 @@ TYPED_TEST(RaggedCacheTest, GrowsWithoutLosingEarlierRows) {
 TYPED_TEST(RaggedCacheTest, GrowsRarelyWhenRowsComeOneByOne) {
   auto cache = TestFixture::make(1);
   CountingMemory::calls = 0;
-  for (Index t = 1; t < 500; ++t) ASSERT_TRUE(NewRows(t, 1).append_to(cache).ok());
+  for (Index t = 1; t < 500; ++t) ASSERT_TRUE(new_rows(t, 1).append_to(cache).ok());
   EXPECT_LT(CountingMemory::calls, 500);
   EXPECT_LT(cache.live_bytes(), 2 * 500 * kShape.kv_heads * cache.row_bytes(0));
 }
@@ -199,7 +177,7 @@ TYPED_TEST(RaggedCacheTest, AppendingNoRowsChangesNothing) {
 TYPED_TEST(RaggedCacheTest, RefusesPositionsThatDoNotAscend) {
   auto cache = TestFixture::make(4);
   const auto refused = [&](std::vector<Position> positions) {
-    NewRows rows(4, static_cast<Index>(positions.size()));
+    test::NewRows rows = new_rows(4, static_cast<Index>(positions.size()));
     rows.positions = std::move(positions);
     const Status status = rows.append_to(cache);
     return status.code() == StatusCode::invalid_argument && status.argument() == "positions";
@@ -231,7 +209,7 @@ TYPED_TEST(RaggedCacheTest, AnAppendThatFailsHalfwayChangesNoRow) {
   do {  // every allocation of the append fails once
     CountingMemory::calls = 0;
     CountingMemory::fail_from = ++failing_call;
-    status = NewRows(5, 30).append_to(cache);
+    status = new_rows(5, 30).append_to(cache);
     if (!status.ok()) {
       ASSERT_EQ(status.code(), StatusCode::out_of_memory);
       expect_first_rows(cache, 5);
@@ -262,7 +240,7 @@ TYPED_TEST(RaggedCacheTest, RowsCanBeAppendedToHeadsOfUnequalLength) {
   auto cache = TestFixture::make(10);
   cache.resize(0, 3);
   cache.resize(2, 0);
-  ASSERT_TRUE(NewRows(10, 2).append_to(cache).ok());
+  ASSERT_TRUE(new_rows(10, 2).append_to(cache).ok());
   expect_rows(cache, 0, {0, 1, 2, 10, 11});
   expect_rows(cache, 1, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11});
   expect_rows(cache, 2, {10, 11});
@@ -276,7 +254,7 @@ TYPED_TEST(RaggedCacheTest, AShrinkThatFailsKeepsTheRowsAndTheMemory) {
   expect_rows(cache, 1, numbers(6));
   EXPECT_EQ(cache.live_bytes(), before);
   CountingMemory::fails_to_shrink = false;
-  EXPECT_TRUE(NewRows(20, 50).append_to(cache).ok());
+  EXPECT_TRUE(new_rows(20, 50).append_to(cache).ok());
   std::vector<Index> expected = numbers(6);
   for (Index t = 20; t < 70; ++t) expected.push_back(t);
   expect_rows(cache, 1, expected);
@@ -369,7 +347,7 @@ TYPED_TEST(RaggedCacheTest, ReservedRoomMakesAppendingFreeOfAllocation) {
   ASSERT_TRUE(cache.reserve(30).ok());
   EXPECT_EQ(cache.live_bytes(), 30 * kShape.kv_heads * cache.row_bytes(0));
   CountingMemory::calls = 0;
-  ASSERT_TRUE(NewRows(2, 28).append_to(cache).ok());
+  ASSERT_TRUE(new_rows(2, 28).append_to(cache).ok());
   EXPECT_EQ(CountingMemory::calls, 0);
   expect_first_rows(cache, 30);
   EXPECT_TRUE(cache.reserve(3).ok());

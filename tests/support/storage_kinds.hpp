@@ -156,40 +156,45 @@ struct Q4Kind {
 
 // --- Caches ----------------------------------------------------------------------------------------------------
 
-enum class Layout { head_major, token_major, transposed };
-
-/// One tensor of an engine, zeros at first, with the scales that its kind has.
-template <class Kind>
+/// One tensor of an engine, zeros at first, with the scales that its kind has: one for each head, one for each row, or none.
+/// Rows lie where `Order` says, their scales where `ScaleOrder` does.
+template <class Kind, class Order, class ScaleOrder>
 class StoredTensor {
  public:
   using E = typename Kind::Stored;
 
-  StoredTensor(Layout layout, Index heads, Index capacity, Index width)
-      : strides(layout == Layout::head_major    ? Strides::head_major(capacity, width / kUnit<E>)
-                : layout == Layout::token_major ? Strides::token_major(heads, width / kUnit<E>)
-                                                : Strides::transposed(capacity, width / kUnit<E>)),
-        units(static_cast<std::size_t>(heads * capacity * (width / kUnit<E>))),
-        row_units_(width / kUnit<E>) {
+  /// \param rows of all heads together
+  StoredTensor(Index heads, Index rows, Index row_units, Order order, ScaleOrder row_scales)
+      : strides(order), units(static_cast<std::size_t>(rows * row_units)), row_units_(row_units) {
     if (kRowScaled<E>) {
-      scale_strides = {.head = capacity, .token = 1};
-      scales.resize(static_cast<std::size_t>(heads * capacity));
+      scale_strides = row_scales;
+      scales.resize(static_cast<std::size_t>(rows));
     } else if (Kind::kScaled) {
-      scale_strides = {.head = 1, .token = 0};
+      scale_strides.head = 1;
       for (Index h = 0; h < heads; ++h) scales.push_back(0.013f * static_cast<float>(h + 1));
     }
   }
 
-  [[nodiscard]] Bytes row(Index h, Index t) const {
+  /// The bytes of a row; where there are pages, of token t of the page.
+  [[nodiscard]] Bytes row(Index h, Index t, Index page = 0) const {
+    const auto place = [&](const auto& s) {
+      const Index in_page = h * s.head + t * s.token;
+      if constexpr (requires { s.page; }) {
+        return page * s.page + in_page;
+      } else {
+        return in_page;
+      }
+    };
     Bytes bytes;
     const auto append = [&bytes](const void* from, std::size_t n) {
-      const std::size_t at = bytes.size();
-      bytes.resize(at + n);
-      std::memcpy(bytes.data() + at, from, n);
+      const std::size_t end = bytes.size();
+      bytes.resize(end + n);
+      std::memcpy(bytes.data() + end, from, n);
     };
     for (Index u = 0; u < row_units_; ++u) {
-      append(&units[static_cast<std::size_t>(h * strides.head + t * strides.token + u * strides.dim)], sizeof(E));
+      append(&units[static_cast<std::size_t>(place(strides) + u * strides.dim)], sizeof(E));
     }
-    if (kRowScaled<E>) append(&scales[static_cast<std::size_t>(h * scale_strides.head + t)], sizeof(float));
+    if (kRowScaled<E>) append(&scales[static_cast<std::size_t>(place(scale_strides))], sizeof(float));
     return bytes;
   }
   [[nodiscard]] float* scale_data() { return scales.empty() ? nullptr : scales.data(); }
@@ -197,8 +202,8 @@ class StoredTensor {
     return Kind::kScaled && !kRowScaled<E> ? scales[static_cast<std::size_t>(h)] : 1.f;
   }
 
-  Strides strides;
-  ScaleStrides scale_strides;
+  Order strides;
+  ScaleOrder scale_strides;
   std::vector<E> units;
   std::vector<float> scales;
 
@@ -206,14 +211,28 @@ class StoredTensor {
   Index row_units_;
 };
 
+enum class Layout { head_major, token_major, transposed };
+
+template <class Kind>
+using StridedTensor = StoredTensor<Kind, Strides, ScaleStrides>;
+
+template <class Kind>
+[[nodiscard]] StridedTensor<Kind> strided_tensor(Layout layout, Index heads, Index capacity, Index width) {
+  const Index units = width / kUnit<typename Kind::Stored>;
+  const Strides strides = layout == Layout::head_major    ? Strides::head_major(capacity, units)
+                          : layout == Layout::token_major ? Strides::token_major(heads, units)
+                                                          : Strides::transposed(capacity, units);
+  return {heads, heads * capacity, units, strides, {.head = capacity, .token = 1}};
+}
+
 /// Tensors and tables of an engine's cache, and a StridedView on them.
 template <class K, class V>
 class StridedCache final : public AnyCacheOf<StridedView<typename K::Stored, typename V::Stored>> {
  public:
   StridedCache(LayerShape shape, Index capacity, Layout key_layout, Layout value_layout)
       : AnyCacheOf<StridedView<typename K::Stored, typename V::Stored>>({}),
-        keys_(key_layout, shape.kv_heads, capacity, shape.key_dim),
-        values_(value_layout, shape.kv_heads, capacity, shape.value_dim),
+        keys_(strided_tensor<K>(key_layout, shape.kv_heads, capacity, shape.key_dim)),
+        values_(strided_tensor<V>(value_layout, shape.kv_heads, capacity, shape.value_dim)),
         rows_(static_cast<std::size_t>(shape.kv_heads), capacity),
         log_masses_(static_cast<std::size_t>(shape.kv_heads * capacity)) {
     for (Index i = 0; i < shape.kv_heads * capacity; ++i) positions_.push_back(i % capacity);
@@ -243,8 +262,8 @@ class StridedCache final : public AnyCacheOf<StridedView<typename K::Stored, typ
   }
 
  private:
-  StoredTensor<K> keys_;
-  StoredTensor<V> values_;
+  StridedTensor<K> keys_;
+  StridedTensor<V> values_;
   std::vector<Index> rows_;
   std::vector<Position> positions_;
   std::vector<float> log_masses_;
@@ -252,56 +271,24 @@ class StridedCache final : public AnyCacheOf<StridedView<typename K::Stored, typ
 
 enum class Pages { token_major, head_major, transposed, one_head };
 
-/// One tensor of a page pool, zeros at first, with the scales that its kind has.
+inline constexpr Index kPoolPageSize = 16;
+
 template <class Kind>
-class PagedTensor {
- public:
-  using E = typename Kind::Stored;
-  static constexpr Index kPageSize = 16;
+using PagedTensor = StoredTensor<Kind, PageStrides, PageStrides>;
 
-  PagedTensor(Pages order, Index heads, Index pages, Index width)
-      : strides(order == Pages::token_major  ? PageStrides::token_major(kPageSize, heads, width / kUnit<E>)
-                : order == Pages::head_major ? PageStrides::head_major(kPageSize, heads, width / kUnit<E>)
-                : order == Pages::transposed ? PageStrides::transposed(kPageSize, heads, width / kUnit<E>)
-                                             : PageStrides::one_head(kPageSize, width / kUnit<E>)),
-        units(static_cast<std::size_t>(pages * strides.page)),
-        row_units_(width / kUnit<E>) {
-    if (kRowScaled<E>) {
-      const Index parts = order == Pages::one_head ? 1 : heads;
-      scale_strides = {.page = parts * kPageSize, .head = order == Pages::one_head ? 0 : kPageSize, .token = 1};
-      scales.resize(static_cast<std::size_t>(pages * scale_strides.page));
-    } else if (Kind::kScaled) {
-      scale_strides = {.page = 0, .head = 1, .token = 0};
-      for (Index h = 0; h < heads; ++h) scales.push_back(0.013f * static_cast<float>(h + 1));
-    }
-  }
-
-  [[nodiscard]] Bytes row(Index page, Index h, Index token) const {
-    Bytes bytes;
-    const auto append = [&bytes](const void* from, std::size_t n) {
-      const std::size_t end = bytes.size();
-      bytes.resize(end + n);
-      std::memcpy(bytes.data() + end, from, n);
-    };
-    const auto place = [&](const PageStrides& s) { return page * s.page + h * s.head + token * s.token; };
-    for (Index u = 0; u < row_units_; ++u) {
-      append(&units[static_cast<std::size_t>(place(strides) + u * strides.dim)], sizeof(E));
-    }
-    if (kRowScaled<E>) append(&scales[static_cast<std::size_t>(place(scale_strides))], sizeof(float));
-    return bytes;
-  }
-  [[nodiscard]] float* scale_data() { return scales.empty() ? nullptr : scales.data(); }
-  [[nodiscard]] float head_scale(Index h) const {
-    return Kind::kScaled && !kRowScaled<E> ? scales[static_cast<std::size_t>(h)] : 1.f;
-  }
-
-  PageStrides strides, scale_strides;
-  std::vector<E> units;
-  std::vector<float> scales;
-
- private:
-  Index row_units_;
-};
+/// The tensor of a page pool, whose pages hold `kPoolPageSize` tokens of all heads or of one.
+template <class Kind>
+[[nodiscard]] PagedTensor<Kind> paged_tensor(Pages order, Index heads, Index pages, Index width) {
+  const Index units = width / kUnit<typename Kind::Stored>;
+  const PageStrides strides = order == Pages::token_major  ? PageStrides::token_major(kPoolPageSize, heads, units)
+                              : order == Pages::head_major ? PageStrides::head_major(kPoolPageSize, heads, units)
+                              : order == Pages::transposed ? PageStrides::transposed(kPoolPageSize, heads, units)
+                                                           : PageStrides::one_head(kPoolPageSize, units);
+  const bool one_head = order == Pages::one_head;
+  const Index page_rows = (one_head ? 1 : heads) * kPoolPageSize;
+  const PageStrides scales{.page = page_rows, .head = one_head ? 0 : kPoolPageSize, .token = 1};
+  return {heads, pages * page_rows, units, strides, scales};
+}
 
 /// A page pool of an engine, tables that name its pages in no order, and a PagedView on them.
 template <class K, class V>
@@ -309,11 +296,11 @@ class PooledCache final : public AnyCacheOf<PagedView<typename K::Stored, typena
  public:
   PooledCache(LayerShape shape, Index rows, Pages key_order, Pages value_order)
       : AnyCacheOf<PagedView<typename K::Stored, typename V::Stored>>({}),
-        places_((rows + PagedTensor<K>::kPageSize - 1) / PagedTensor<K>::kPageSize),
+        places_((rows + kPoolPageSize - 1) / kPoolPageSize),
         stride_(key_order == Pages::one_head ? places_ : 0),
         pages_((key_order == Pages::one_head ? shape.kv_heads : 1) * places_ * 7 + 1),  // not a multiple of 7
-        keys_(key_order, shape.kv_heads, pages_, shape.key_dim),
-        values_(value_order, shape.kv_heads, pages_, shape.value_dim),
+        keys_(paged_tensor<K>(key_order, shape.kv_heads, pages_, shape.key_dim)),
+        values_(paged_tensor<V>(value_order, shape.kv_heads, pages_, shape.value_dim)),
         rows_(static_cast<std::size_t>(shape.kv_heads), rows),
         log_masses_(static_cast<std::size_t>(shape.kv_heads * rows)) {
     for (Index i = 0; i < (stride_ == 0 ? 1 : shape.kv_heads) * places_; ++i) {
@@ -321,7 +308,7 @@ class PooledCache final : public AnyCacheOf<PagedView<typename K::Stored, typena
     }
     for (Index i = 0; i < shape.kv_heads * rows; ++i) positions_.push_back(i % rows);
     this->view_ = {.layer = shape,
-                   .page_size = PagedTensor<K>::kPageSize,
+                   .page_size = kPoolPageSize,
                    .pages = pages_,
                    .keys = keys_.units.data(),
                    .key_strides = keys_.strides,
@@ -354,8 +341,7 @@ class PooledCache final : public AnyCacheOf<PagedView<typename K::Stored, typena
  private:
   template <class Kind>
   [[nodiscard]] Bytes row_of(const PagedTensor<Kind>& tensor, Index h, Index t) const {
-    const Index page = tables_[static_cast<std::size_t>(h * stride_ + t / tensor.kPageSize)];
-    return tensor.row(page, h, t % tensor.kPageSize);
+    return tensor.row(h, t % kPoolPageSize, tables_[static_cast<std::size_t>(h * stride_ + t / kPoolPageSize)]);
   }
 
   Index places_, stride_, pages_;

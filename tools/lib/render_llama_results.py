@@ -1,23 +1,16 @@
 """Writes what tools/measure_llama measured into docs/results.md, between its marks. Standard library only."""
 
-import collections
 import json
 import math
 import pathlib
-import platform
 import re
 import statistics
 import sys
 
-NAMES = {"streaming-llm": "StreamingLLM", "snapkv": "SnapKV", "ems-evict": "EMS score, eviction only",
-         "ems": "EMS, merging without log masses"}
+sys.dont_write_bytecode = True
+from evaluation_results import LABELS, by_cell, mean, processor  # noqa: E402
 
-
-def processor():
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+NAMES = LABELS | {"ems": "EMS, merging without log masses"}
 
 
 def table(head, rows):
@@ -40,22 +33,6 @@ def speed(data):
     return [f"{pathlib.Path(data['model']).stem}, f16 cache, {data['threads']} threads, {processor()}. Median (least to most) of "
             f"{data['rounds']} rounds of {data['tokens']} tokens; full and compressed caches take turns. \"Prefill with tap\" is in units of "
             "prefill without; compressing contains saving and loading the state.", ""] + table(head, rows)
-
-
-def by_cell(data):
-    cells, answers = collections.defaultdict(list), collections.defaultdict(lambda: [0, 0])
-    for r in data["results"]:
-        cells[r["method"], r["budget"]].append(r)
-    for a in data["tasks"]:
-        key = a["method"], 0 if a["method"] == "full" else a["budget"]
-        answers[key][0] += a["correct"]
-        answers[key][1] += a["cases"]
-    return cells, answers
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def quality(engines):

@@ -15,12 +15,13 @@
 #include "kvfold/adaptors/llama_query_tap.hpp"
 #include "kvfold/adaptors/llama_state_writer.hpp"
 #include "kvfold/compressor.hpp"
+#include "kvfold/report_of_layers.hpp"
 
 namespace kvfold {
 
 /// What a compression did to a sequence.
 struct LlamaReport {
-  CompressionReport layers;            ///< counts and bytes are sums over all layers, shares their means
+  CompressionReport layers;            ///< of all of them, see ReportOfLayers
   Index rows_before = 0;               ///< cells of the sequence, the same in every layer and head
   Index rows_after = 0;                ///< after it
   std::size_t state_bytes_before = 0;  ///< of the saved state
@@ -122,21 +123,6 @@ namespace detail {
                 "sequence, or another format than that of commit 0c1e57098"};
 }
 
-inline void add_layer(LlamaReport& report, const CompressionReport& layer, Index layers) noexcept {
-  CompressionReport& sum = report.layers;
-  const float part = 1.f / static_cast<float>(layers);
-  sum.rows_before += layer.rows_before;
-  sum.rows_kept += layer.rows_kept;
-  sum.rows_merged += layer.rows_merged;
-  sum.rows_evicted += layer.rows_evicted;
-  sum.rows_rewritten += layer.rows_rewritten;
-  sum.bytes_before += layer.bytes_before;
-  sum.bytes_after += layer.bytes_after;
-  sum.kept_score_share += part * layer.kept_score_share;
-  sum.merged_score_share += part * layer.merged_score_share;
-  sum.equal_counts_cost += part * layer.equal_counts_cost;
-}
-
 }  // namespace detail
 
 /// Compresses a sequence: its state comes out, every layer is planned on the evidence of the tap, and the kept rows go back
@@ -181,10 +167,10 @@ template <LlamaMethod Method, Executor X>
   if (!state.ok()) return state.status();
 
   LlamaReport report;
-  report.layers.kept_score_share = 0.f;
   report.rows_before = state->rows();
   report.state_bytes_before = old->size();
   report.next_position = state->length();
+  ReportOfLayers layers;
   std::optional<LlamaStateWriter> writer;
   for (Index l = 0; l < state->layers(); ++l) {
     const LlamaLayerView layer = state->layer(l);
@@ -207,8 +193,9 @@ template <LlamaMethod Method, Executor X>
       report.state_bytes_after = *size;
     }
     if (Status bad = writer->add_layer(*plan); !bad.ok()) return bad;
-    detail::add_layer(report, report_of(*plan, layer), state->layers());
+    layers.add(report_of(*plan, layer));
   }
+  report.layers = layers.total();
   const Result<std::span<const std::byte>> fresh = writer->finish();
   if (!fresh.ok()) return fresh.status();
   if (report.layers.rows_kept == report.layers.rows_before && report.layers.rows_rewritten == 0) return report;
