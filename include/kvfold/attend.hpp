@@ -26,9 +26,11 @@ struct AttentionOutput {
 
 namespace detail {
 
-/// Query rows up to which `few_dots` and `add_few` are as fast as Eigen's products, and rows of the cache that are
-/// converted for them at a time.
+/// Query rows up to which `few_dots` and `add_few` are as fast as Eigen's products; rows of the cache that they go over
+/// at a time, keys first and values next, so that memory is read in long pieces; and rows that are converted at a time
+/// where that is not done in registers.
 inline constexpr Index kFewQueries = 16;
+inline constexpr Index kFewKeys = 512;
 inline constexpr Index kFewTile = 16;
 
 /// Scratch of one worker of `attend`.
@@ -36,18 +38,18 @@ struct AttendScratch {
   std::span<float> queries;  // [kQueryTile][D]
   std::span<float> keys;     // [kKeyTile][D]
   std::span<float> values;   // [kKeyTile][E]
-  std::span<float> weights;  // [kQueryTile][kKeyTile]
+  std::span<float> weights;  // [kQueryTile][kKeyTile] or [kFewQueries][kFewKeys]
   std::span<float> out;      // [kQueryTile][E]
-  std::span<float> masses;   // [kKeyTile]
+  std::span<float> masses;   // [kKeyTile] or [kFewKeys]
 
   static AttendScratch take(Arena& arena, const LayerShape& shape) noexcept {
     AttendScratch s;
     s.queries = arena.take<float>(kQueryTile, shape.key_dim);
     s.keys = arena.take<float>(kKeyTile, shape.key_dim);
     s.values = arena.take<float>(kKeyTile, shape.value_dim);
-    s.weights = arena.take<float>(kQueryTile, kKeyTile);
+    s.weights = arena.take<float>(std::max(kQueryTile * kKeyTile, kFewQueries * kFewKeys));
     s.out = arena.take<float>(kQueryTile, shape.value_dim);
-    s.masses = arena.take<float>(kKeyTile);
+    s.masses = arena.take<float>(std::max(kKeyTile, kFewKeys));
     return s;
   }
 };
@@ -62,8 +64,8 @@ class AttendBlock {
   /// Rows [first, first + count) in the order (query, query head of the group).
   void run(Index first, Index count, const AttentionOutput& to) noexcept {
     load(first, count);
-    for (Index t = 0; t < most_visible_; t += kKeyTile) {
-      add_tile(t, std::min(kKeyTile, most_visible_ - t));
+    for (Index t = 0; t < most_visible_; t += tile_) {
+      add_tile(t, std::min(tile_, most_visible_ - t));
     }
     store(first, to);
   }
@@ -72,6 +74,7 @@ class AttendBlock {
   void load(Index first, Index count) noexcept {
     count_ = count;
     few_ = count <= kFewQueries;
+    tile_ = few_ ? kFewKeys : kKeyTile;
     most_visible_ = 0;
     for (Index r = 0; r < count; ++r) {
       const Index i = (first + r) / shape_.group_size, g = (first + r) % shape_.group_size;
@@ -87,18 +90,26 @@ class AttendBlock {
 
   void add_tile(Index t, Index n) noexcept {
     set_logits(t, n);
+    fetch_first_values(t, n);
     set_weights(t, n);
     add_values(t, n);
+  }
+
+  /// Memory has something to do while weights are made.
+  void fetch_first_values(Index t, Index n) const noexcept {
+    if constexpr (HasStoredRows<V>) {
+      if (few_) fetch<kAhead>(view_.stored_values(h_, t, n), 0);
+    }
   }
 
   void set_logits(Index t, Index n) noexcept {
     const Index width = shape_.key_dim;
     if (!few_) {
       return multiply_transposed(s_.queries.data(), width, count_, key_tile(view_, h_, t, n, s_.keys), width, n, width,
-                                 s_.weights.data(), kKeyTile);
+                                 s_.weights.data(), tile_);
     }
     const auto dots = [&](const auto* keys, Index first, Index m) {
-      few_dots(s_.queries.data(), width, count_, keys, m, width, s_.weights.data() + first, kKeyTile);
+      few_dots(s_.queries.data(), width, count_, keys, m, width, s_.weights.data() + first, tile_);
     };
     if constexpr (HasStoredRows<V>) {
       if (read_in_lanes(view_.stored_keys(h_, t, n), [&](const auto* keys) { dots(keys, 0, n); })) return;
@@ -112,11 +123,11 @@ class AttendBlock {
   void add_values(Index t, Index n) noexcept {
     const Index width = shape_.value_dim;
     if (!few_) {
-      return add_product(s_.weights.data(), kKeyTile, count_, value_tile(view_, h_, t, n, s_.values), width, n, width,
+      return add_product(s_.weights.data(), tile_, count_, value_tile(view_, h_, t, n, s_.values), width, n, width,
                          s_.out.data(), width);
     }
     const auto add = [&](const auto* values, Index first, Index m) {
-      add_few(s_.weights.data() + first, kKeyTile, count_, values, m, width, s_.out.data(), width);
+      add_few(s_.weights.data() + first, tile_, count_, values, m, width, s_.out.data(), width);
     };
     if constexpr (HasStoredRows<V>) {
       if (read_in_lanes(view_.stored_values(h_, t, n), [&](const auto* values) { add(values, 0, n); })) return;
@@ -141,7 +152,7 @@ class AttendBlock {
   void set_weights(Index t, Index n) noexcept {
     const bool any_mass = load_masses(t, n);
     for (Index r = 0; r < count_; ++r) {
-      float* w = s_.weights.data() + r * kKeyTile;
+      float* w = s_.weights.data() + r * tile_;
       const Index seen = std::clamp<Index>(visible_[r] - t, 0, n);
       if (any_mass) add(w, s_.masses.data(), seen);
       std::fill(w + seen, w + n, 0.f);
@@ -181,6 +192,7 @@ class AttendBlock {
   LayerShape shape_;
   Index count_ = 0, most_visible_ = 0;
   bool few_ = false;
+  Index tile_ = kKeyTile;
   Index visible_[kQueryTile] = {};
   float max_[kQueryTile] = {};
   float sum_[kQueryTile] = {};

@@ -25,27 +25,43 @@ using LanesInMemory [[gnu::vector_size(kLanes * sizeof(float)), gnu::aligned(ali
 }
 inline void store_lanes(Lanes x, float* to) noexcept { *reinterpret_cast<LanesInMemory*>(to) = x; }
 
+/// x, in a register: keeps compilers from reading it again from memory for each use, which takes longer than the
+/// arithmetic.
+[[nodiscard]] inline Lanes in_register(Lanes x) noexcept {
+#if defined(__SSE2__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 /// Whether rows of E can be read by `load_lanes_of`.
 template <Stored E>
 inline constexpr bool kHasLanes = std::same_as<E, float> || std::same_as<E, BFloat16> ||
                                   ((std::same_as<E, Float16> || std::same_as<E, BlockQ8_0>)&&kHasWideLoads);
 
-/// Elements [d, d + kLanes) of a row; d is a multiple of kLanes where they come in blocks.
-template <Stored E>
-[[nodiscard]] Lanes load_lanes_of(const E* row, Index d) noexcept {
-  if constexpr (std::same_as<E, float>) {
-    return load_lanes(row + d);
-  } else if constexpr (std::same_as<E, BFloat16>) {
-    using Halves [[gnu::vector_size(kLanes * sizeof(std::uint16_t))]] = std::uint16_t;
-    using Words [[gnu::vector_size(kLanes * sizeof(std::uint32_t))]] = std::uint32_t;
-    Halves halves;
-    std::memcpy(&halves, row + d, sizeof halves);
-    return std::bit_cast<Lanes>(__builtin_convertvector(halves, Words) << 16);
-  } else if constexpr (std::same_as<E, Float16>) {
-    return load_f16_lanes(row + d);
+/// x times what all elements of a unit are to be multiplied by: the scale of a block.
+template <Stored E, class X>
+[[nodiscard]] auto times_scale_of([[maybe_unused]] const E* unit, X x) noexcept {
+  if constexpr (kInBlocks<E>) {
+    return x * load_f16_in_all_lanes(unit->scale.bits);
   } else {
-    const BlockQ8_0& block = row[d / kBlockSize];
-    return load_i8_lanes(block.values.data() + d % kBlockSize, block.scale.bits);
+    return x;
+  }
+}
+
+/// Elements [d, d + kLanes) from a unit on, before any scale; those of blocks are of one.
+template <Stored E>
+[[nodiscard]] Lanes load_lanes_of(const E* unit, Index d) noexcept {
+  if constexpr (std::same_as<E, float>) {
+    return load_lanes(unit + d);
+  } else if constexpr (std::same_as<E, BFloat16>) {
+    return load_bf16_lanes(unit + d);
+  } else if constexpr (std::same_as<E, Float16>) {
+    return load_f16_lanes(unit + d);
+  } else {
+    return load_i8_lanes(unit->values.data() + d);
   }
 }
 
@@ -60,15 +76,31 @@ template <Stored E>
   }
 }
 
-/// Asks for what will be read `kAhead` bytes further on; harmless where nothing is. Rows of the next tile are the next
-/// in memory, and processors fetch too little ahead while they compute.
-template <class E>
-void fetch_ahead(const E* from, Index bytes) noexcept {
-  constexpr Index kAhead = 4096, kLine = 64;
-  const auto address = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(kAhead);
-  for (Index i = 0; i < bytes; i += kLine) {
+/// How far ahead rows are asked for, in bytes: they come from memory while those before them are worked on.
+inline constexpr Index kAhead = 8192;
+
+/// Asks for kBytes from `offset` bytes after an address; harmless where nothing is.
+template <Index kBytes, class E>
+void fetch(const E* from, Index offset) noexcept {
+  constexpr Index kLine = 64;
+  const auto address = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset);
+  for (Index i = 0; i < kBytes; i += kLine) {
     __builtin_prefetch(reinterpret_cast<const void*>(address + static_cast<std::uintptr_t>(i)));
   }
+}
+
+/// Asks for kBytes that will be read `kAhead` bytes further on. Rows of the next tile are the next in memory, and
+/// processors fetch too little ahead while they compute. To be called often, for a little each time: what is asked for all
+/// at once is waited for.
+template <Index kBytes, class E>
+void fetch_ahead(const E* from, Index offset) noexcept {
+  fetch<kBytes>(from, offset + kAhead);
+}
+
+/// Bytes of so many elements of a row.
+template <Stored E>
+[[nodiscard]] constexpr Index bytes_of(Index elements) noexcept {
+  return elements * static_cast<Index>(sizeof(E)) / kUnit<E>;
 }
 
 /// Adds the lower half of every segment to its upper half: the segments of x, then those of y, half as wide as before.
@@ -82,40 +114,75 @@ template <Index kSegment, std::size_t... i>
   return __builtin_shufflevector(x, y, source(i, 0)...) + __builtin_shufflevector(x, y, source(i, 1)...);
 }
 
-/// Lane i of the result is the sum of the lanes of x[i].
+/// Adds halves of groups of four lanes, which processors do fastest: the first time to (x, y, x, y), then to (x, x, y, y).
+template <bool kFirst, std::size_t... i>
+[[nodiscard]] Lanes fold_groups(Lanes x, Lanes y, std::index_sequence<i...>) noexcept {
+  constexpr auto source = [](Index lane, Index upper) {
+    const Index in_group = lane % 4, from_y = kFirst ? in_group % 2 : in_group / 2;
+    const Index place = kFirst ? in_group / 2 : in_group % 2;
+    return static_cast<int>(from_y * kLanes + lane / 4 * 4 + upper * 2 + place);
+  };
+  return __builtin_shufflevector(x, y, source(i, 0)...) + __builtin_shufflevector(x, y, source(i, 1)...);
+}
+
+/// Lane i of the result is the sum of the lanes of x[i]; there are kLanes of them when it is called.
 template <std::size_t kCount>
-[[nodiscard]] Lanes sums_of_each(const Lanes (&x)[kCount]) noexcept {
+[[nodiscard, gnu::always_inline]] inline Lanes sums_of_each(const Lanes (&x)[kCount]) noexcept {
+  constexpr auto kSize = static_cast<Index>(kCount);
+  constexpr auto kIndices = std::make_index_sequence<kLanes>{};
   if constexpr (kCount == 1) {
     return x[0];
   } else {
     Lanes folded[kCount / 2];
     for (std::size_t i = 0; i < kCount / 2; ++i) {
-      folded[i] = fold_segments<static_cast<Index>(kCount)>(x[2 * i], x[2 * i + 1], std::make_index_sequence<kLanes>{});
+      if constexpr (kSize > kLanes / 4) {
+        folded[i] = fold_groups<kSize == kLanes>(x[2 * i], x[2 * i + 1], kIndices);
+      } else {
+        folded[i] = fold_segments<4 * kSize>(x[2 * i], x[2 * i + 1], kIndices);
+      }
     }
     return sums_of_each(folded);
   }
 }
 
 inline constexpr Index kMostFewRows = 4, kMostWidth = 8;  ///< of one pass of the kernels below
+/// Rows that `add_few` goes over several times, for a part of their columns each time: they stay in the first cache.
+inline constexpr Index kFewDepth = 16;
 
 /// `few_dots` for kRows rows of a, kLanes products at a time: kRows * kColumns sums of kLanes lanes are in registers.
 template <Index kRows, Stored E>
 void few_dots_of(const float* a, Index a_stride, const E* b, Index n, Index k, float* c, Index c_stride) noexcept {
-  constexpr Index kColumns = kLanes / (kRows == 3 ? 4 : kRows);
+  constexpr Index kColumns = kLanes / (kRows == 3 ? 4 : kRows), kStep = std::max(kUnit<E>, kLanes);
   const Index units = row_units<E>(k);
   for (Index first = 0; first < n; first += kColumns) {
     const Index count = std::min(kColumns, n - first);
     const E* row[kLanes];  // of b; where there are fewer, the last one again
     for (Index j = 0; j < kColumns; ++j) row[j] = b + (first + std::min(j, count - 1)) * units;
-    fetch_ahead(row[0], kColumns * units * static_cast<Index>(sizeof(E)));
     Lanes sums[kLanes] = {};
     Index d = 0;
-    for (; d + kLanes <= k; d += kLanes) {
-      Lanes x[kMostFewRows];
-      for (Index i = 0; i < kRows; ++i) x[i] = load_lanes(a + i * a_stride + d);
-      for (Index j = 0; j < kColumns; ++j) {
-        const Lanes y = load_lanes_of(row[j], d);
-        for (Index i = 0; i < kRows; ++i) sums[i * kColumns + j] = x[i] * y + sums[i * kColumns + j];
+    for (; d + kStep <= k; d += kStep) {
+      fetch_ahead<bytes_of<E>(kColumns * kStep)>(row[0], bytes_of<E>(kColumns * d));
+      const E* unit[kLanes];
+      for (Index j = 0; j < kColumns; ++j) unit[j] = row[j] + d / kUnit<E>;
+      if constexpr (kRows == 1) {  // the scale of a block is for its sum
+        Lanes x[static_cast<std::size_t>(kStep / kLanes)];
+        for (Index e = 0; e < kStep / kLanes; ++e) x[e] = in_register(load_lanes(a + d + e * kLanes));
+        for (Index j = 0; j < kColumns; ++j) {
+          Lanes sum = x[0] * load_lanes_of(unit[j], 0);
+          for (Index e = 1; e < kStep / kLanes; ++e) sum = x[e] * load_lanes_of(unit[j], e * kLanes) + sum;
+          sums[j] = times_scale_of(unit[j], sum) + sums[j];
+        }
+      } else {  // for its elements
+        for (Index e = 0; e < kStep; e += kLanes) {
+          Lanes y[kLanes];
+          for (Index j = 0; j < kColumns; ++j) {
+            y[j] = in_register(times_scale_of(unit[j], load_lanes_of(unit[j], e)));
+          }
+          for (Index i = 0; i < kRows; ++i) {
+            const Lanes x = in_register(load_lanes(a + i * a_stride + d + e));
+            for (Index j = 0; j < kColumns; ++j) sums[i * kColumns + j] = x * y[j] + sums[i * kColumns + j];
+          }
+        }
       }
     }
     float out[kLanes];
@@ -143,18 +210,30 @@ void few_dots_of(const float* a, Index a_stride, const E* b, Index n, Index k, f
 template <Index kRows, Index kWidth, Stored E>
 Index add_few_of(const float* a, Index a_stride, const E* b, Index k, Index n, float* c, Index c_stride,
                  Index first) noexcept {
+  constexpr bool kWholeUnits = kWidth * kLanes % kUnit<E> == 0;  // else the columns are a part of one
+  static_assert(kWholeUnits || kUnit<E> % (kWidth * kLanes) == 0);
   const Index units = row_units<E>(n);
   for (; first + kWidth * kLanes <= n; first += kWidth * kLanes) {
+    const Index in_unit = kWholeUnits ? 0 : first % kUnit<E>;
     Lanes sums[kMostFewRows][kMostWidth];
     for (Index i = 0; i < kRows; ++i) {
       for (Index x = 0; x < kWidth; ++x) sums[i][x] = load_lanes(c + i * c_stride + first + x * kLanes);
     }
     for (Index j = 0; j < k; ++j) {
       const E* row = b + j * units;
-      if (first == 0) fetch_ahead(row, units * static_cast<Index>(sizeof(E)));
+      fetch_ahead<bytes_of<E>(kWidth * kLanes)>(row, bytes_of<E>(first));
       for (Index x = 0; x < kWidth; ++x) {
-        const Lanes y = load_lanes_of(row, first + x * kLanes);
-        for (Index i = 0; i < kRows; ++i) sums[i][x] = a[i * a_stride + j] * y + sums[i][x];
+        const E* unit = row + first / kUnit<E> + (kWholeUnits ? x * kLanes / kUnit<E> : 0);
+        Lanes y = load_lanes_of(unit, in_unit + x * kLanes % kUnit<E>);
+        if constexpr (kRows > kWidth) y = times_scale_of(unit, y);
+        for (Index i = 0; i < kRows; ++i) {
+          const float factor = a[i * a_stride + j];
+          if constexpr (kRows <= kWidth) {  // once for a block
+            sums[i][x] = times_scale_of(unit, factor) * y + sums[i][x];
+          } else {
+            sums[i][x] = factor * y + sums[i][x];
+          }
+        }
       }
     }
     for (Index i = 0; i < kRows; ++i) {
@@ -166,7 +245,8 @@ Index add_few_of(const float* a, Index a_stride, const E* b, Index k, Index n, f
 
 template <Index kRows, Stored E>
 void add_few_of(const float* a, Index a_stride, const E* b, Index k, Index n, float* c, Index c_stride) noexcept {
-  constexpr Index kWidth = std::min(kMostWidth, (kLanes == 16 ? 16 : 8) / kRows);
+  constexpr auto kFits = static_cast<std::size_t>((kLanes == 16 ? 16 : 8) / kRows);  // sums in registers
+  constexpr Index kWidth = std::min(kMostWidth, static_cast<Index>(std::bit_floor(kFits)));
   Index first = add_few_of<kRows, kWidth>(a, a_stride, b, k, n, c, c_stride, 0);
   first = add_few_of<kRows, 1>(a, a_stride, b, k, n, c, c_stride, first);
   for (; first < n; ++first) {
@@ -199,9 +279,13 @@ void few_dots(const float* a, Index a_stride, Index m, const E* b, Index n, Inde
 /// c += a * b for a [m][k] and c [m][n] with the given row strides, b [k][n] stored without gaps.
 template <Stored E>
 void add_few(const float* a, Index a_stride, Index m, const E* b, Index k, Index n, float* c, Index c_stride) noexcept {
-  for_few_rows(m, [&](Index i, auto rows) {
-    add_few_of<rows()>(a + i * a_stride, a_stride, b, k, n, c + i * c_stride, c_stride);
-  });
+  for (Index first = 0; first < k; first += kFewDepth) {
+    const Index depth = std::min(kFewDepth, k - first);
+    const E* rows_of_b = b + first * row_units<E>(n);
+    for_few_rows(m, [&](Index i, auto rows) {
+      add_few_of<rows()>(a + i * a_stride + first, a_stride, rows_of_b, depth, n, c + i * c_stride, c_stride);
+    });
+  }
 }
 
 }  // namespace kvfold::detail

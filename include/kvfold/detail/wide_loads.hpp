@@ -9,7 +9,9 @@
 /// 21, q4_0 2 and 17.
 #pragma once
 
+#include <bit>
 #include <cstdint>
+#include <cstring>
 
 #include "kvfold/types.hpp"
 
@@ -116,15 +118,32 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 #endif
 }
 
-/// kLanes signed bytes times an fp16 scale.
-[[nodiscard]] inline Lanes load_i8_lanes(const void* from, std::uint16_t scale) noexcept {
-  const auto bits = static_cast<std::int16_t>(scale);
+/// kLanes bf16 numbers.
+[[nodiscard]] inline Lanes load_bf16_lanes(const void* from) noexcept {
 #if defined(__AVX512F__)
-  const __m512i numbers = _mm512_cvtepi8_epi32(load_16_bytes(from));
-  return _mm512_mul_ps(_mm512_cvtepi32_ps(numbers), _mm512_cvtph_ps(_mm256_set1_epi16(bits)));
+  const __m256i halves = _mm256_loadu_si256(static_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 #else
-  const __m256i numbers = _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from)));
-  return _mm256_mul_ps(_mm256_cvtepi32_ps(numbers), _mm256_cvtph_ps(_mm_set1_epi16(bits)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16_bytes(from)), 16));
+#endif
+}
+
+/// kLanes signed bytes.
+[[nodiscard]] inline Lanes load_i8_lanes(const void* from) noexcept {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16_bytes(from)));
+#else
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
+#endif
+}
+
+/// One fp16 number, kLanes times.
+[[nodiscard]] inline Lanes load_f16_in_all_lanes(std::uint16_t number) noexcept {
+  const auto bits = static_cast<std::int16_t>(number);
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_set1_epi16(bits));
+#else
+  return _mm256_cvtph_ps(_mm_set1_epi16(bits));
 #endif
 }
 
@@ -132,8 +151,18 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 
 inline constexpr bool kHasWideLoads = false;
 
+/// kLanes bf16 numbers.
+[[nodiscard]] inline Lanes load_bf16_lanes(const void* from) noexcept {
+  using Halves [[gnu::vector_size(kLanes * sizeof(std::uint16_t))]] = std::uint16_t;
+  using Words [[gnu::vector_size(kLanes * sizeof(std::uint32_t))]] = std::uint32_t;
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return std::bit_cast<Lanes>(__builtin_convertvector(halves, Words) << 16);
+}
+
 Lanes load_f16_lanes(const void* from) noexcept;  // these three only where there are wide loads
-Lanes load_i8_lanes(const void* from, std::uint16_t scale) noexcept;
+Lanes load_i8_lanes(const void* from) noexcept;
+Lanes load_f16_in_all_lanes(std::uint16_t number) noexcept;
 float wide_f16(std::uint16_t bits) noexcept;
 inline Index load_wide_f16(const void*, Index, float*) noexcept { return 0; }
 inline Index store_wide_f16(const float*, Index, void*) noexcept { return 0; }
