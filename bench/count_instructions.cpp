@@ -41,6 +41,27 @@ Kernel conversion(const char* name) {
           }};
 }
 
+/// One decode step over a layer's rows.
+template <Stored E>
+Kernel attention(const char* name) {
+  const LayerShape shape = kSmallLayer.shape;
+  struct State {
+    Layer<E> layer;
+    Queries queries;
+    SerialExecutor serial = {};
+    WorkspaceBuffer workspace = {};
+    std::vector<float> out;
+  };
+  const auto state = std::make_shared<State>(State{
+      .layer = {shape, kRows}, .queries = {shape, 1, kRows}, .out = std::vector<float>(at(shape.query_heads() * 128))});
+  require(state->workspace.reserve(attend_workspace_bytes(shape, 1)), "workspace");
+  return {std::string("attend_") + name, [state] {
+            return attend(state->layer.view(), state->queries.view(), {state->out.data(), 128, 128},
+                          state->workspace.get(), state->serial)
+                .ok();
+          }};
+}
+
 std::vector<Kernel> kernels() {
   using P = Pipeline<Float16>;
   const auto window = std::make_shared<P>(kSmallLayer, kRows, 1);
@@ -63,6 +84,9 @@ std::vector<Kernel> kernels() {
              window->layer.restore();
              return window->apply().ok();
            }},
+          attention<float>("f32"),
+          attention<Float16>("f16"),
+          attention<BlockQ8_0>("q8_0"),
           conversion<Float16>("f16"),
           conversion<BFloat16>("bf16"),
           conversion<Float8E4M3>("fp8_e4m3"),

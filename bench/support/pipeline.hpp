@@ -119,7 +119,7 @@ class Pipeline {
   Status allocate() {
     const ScoreTable scores = table();
     return in(budget_space_, ems.budget().workspace_bytes(static_cast<Index>(scores_.size())), [&](Workspace w) {
-      return ems.budget().allocate({&scores, 1}, budgets, w);
+      return ems.budget().allocate({&scores, 1}, budgets, w, pool);
     });
   }
   Status rank() {

@@ -94,7 +94,10 @@ class Compressor {
     arena.rewind(mark);
     const Workspace budget_space = arena.take_bytes(budget_.workspace_bytes(detail::total_rows(view)));
     if (Status bad = detail::check(arena); !bad.ok()) return bad;
-    if (Status bad = budget_.allocate({&table, 1}, tables.budgets, budget_space); !bad.ok()) return bad;
+    if (Status bad = detail::allocate_budgets(budget_, {&table, 1}, tables.budgets, budget_space, executor);
+        !bad.ok()) {
+      return bad;
+    }
 
     arena.rewind(mark);
     float equal_counts_cost = 0.f;

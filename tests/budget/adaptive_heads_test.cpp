@@ -1,4 +1,5 @@
 #include <kvfold/budget/adaptive_heads.hpp>
+#include <kvfold/exec/thread_pool.hpp>
 
 #include <cmath>
 #include <limits>
@@ -56,8 +57,13 @@ Budgets allocate(const std::vector<Layer>& layers, Options options) {
   for (const Layer& layer : layers) heads += layer.size();
   Budgets budgets(heads, -1);
   std::vector<std::byte> memory(AdaptiveHeadBudget::workspace_bytes(rows) + 1);
-  const Status status = AdaptiveHeadBudget(options).allocate(views, budgets, std::span(memory).subspan(1));
+  const Workspace workspace = std::span(memory).subspan(1);
+  const Status status = AdaptiveHeadBudget(options).allocate(views, budgets, workspace);
   EXPECT_TRUE(status.ok()) << status.detail();
+  ThreadPool pool(3);
+  Budgets of_threads(heads, -1);
+  EXPECT_TRUE(AdaptiveHeadBudget(options).allocate(views, of_threads, workspace, pool).ok());
+  EXPECT_EQ(of_threads, budgets) << "by three threads";
   return status.ok() ? budgets : Budgets{};
 }
 Budgets allocate(const Layer& layer, Options options) { return allocate(std::vector<Layer>{layer}, options); }

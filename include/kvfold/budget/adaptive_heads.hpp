@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "kvfold/budget/budget_policy.hpp"
+#include "kvfold/exec/executor.hpp"
 
 namespace kvfold {
 
@@ -43,6 +44,13 @@ class AdaptiveHeadBudget {
   }
 
   Status allocate(std::span<const ScoreTable> tables, std::span<Index> budgets, Workspace workspace) const noexcept {
+    SerialExecutor serial;
+    return allocate(tables, budgets, workspace, serial);
+  }
+  /// The same, one task for each head.
+  template <Executor X>
+  Status allocate(std::span<const ScoreTable> tables, std::span<Index> budgets, Workspace workspace,
+                  X& executor) const noexcept {
     if (Status bad = validate(); !bad.ok()) return bad;
     if (Status bad = detail::check_budget_call(tables, budgets); !bad.ok()) return bad;
     if (Status bad = detail::check_scores(tables); !bad.ok()) return bad;
@@ -54,15 +62,22 @@ class AdaptiveHeadBudget {
     if (Status bad = detail::check(arena); !bad.ok()) return bad;
 
     Index left = std::min(options_.rows * static_cast<Index>(budgets.size()), rows);
-    Index claim_count = 0, head = 0;
+    Index head = 0;
     for (const ScoreTable& table : tables) {
       for (Index h = 0; h < table.heads(); ++h, ++head) left -= budgets[detail::at(head)] = floor_of(table, h);
     }
-    head = 0;
-    for (const ScoreTable& table : tables) {
-      for (Index h = 0; h < table.heads(); ++h, ++head) {
-        claim_count = add_claims(table, h, head, budgets[detail::at(head)], left, ranks, claims, claim_count);
-      }
+    auto task = [&](Index i, Index) noexcept {
+      const Place place = place_of(tables, i);
+      const auto mine = detail::at(place.first_row), size = detail::at(place.table->rows(place.head));
+      make_claims(place, i, budgets[detail::at(i)], left, ranks.subspan(mine, size), claims.subspan(mine, size));
+    };
+    executor.run(static_cast<Index>(budgets.size()), task);
+    Index claim_count = 0;  // together at the front, in the order of heads
+    for (Index i = 0; i < static_cast<Index>(budgets.size()); ++i) {
+      const Place place = place_of(tables, i);
+      const Index count = claims_of(*place.table, place.head, budgets[detail::at(i)], left);
+      std::copy_n(claims.begin() + place.first_row, count, claims.begin() + claim_count);
+      claim_count += count;
     }
     const std::span<Claim> made = claims.first(detail::at(claim_count));
     if (left > 0 && left < claim_count) {
@@ -96,34 +111,52 @@ class AdaptiveHeadBudget {
     return std::min({floor, options_.rows, table.rows(h)});
   }
 
-  /// A head cannot get more than the `left` rows that are left for all: only its best so many beyond the floor claim,
-  /// unless protected rows are among them, which do not come in the order of their scores.
-  static Index add_claims(const ScoreTable& table, Index h, Index head, Index floor, Index left,
-                          std::span<detail::Rank> ranks, std::span<Claim> claims, Index count) noexcept {
-    const auto scores = table.scores(h);
-    const auto marks = table.protections(h);
-    const auto mine = ranks.first(scores.size());
-    detail::rank_rows(scores, marks, mine);
+  /// A head among those of all tables, and how many rows the heads before it have.
+  struct Place {
+    const ScoreTable* table;
+    Index head, first_row;
+  };
+
+  [[nodiscard]] static Place place_of(std::span<const ScoreTable> tables, Index head) noexcept {
+    Index first_row = 0;
+    const ScoreTable* table = tables.data();
+    for (; head >= table->heads(); ++table) {
+      head -= table->heads();
+      first_row += static_cast<Index>(table->score.size());
+    }
+    return {table, head, first_row + table->offset[detail::at(head)]};
+  }
+
+  /// How many rows of a head claim. It cannot get more than the `left` rows that are left for all: only its best so many
+  /// beyond the floor claim, unless protected rows are among them, which do not come in the order of their scores.
+  [[nodiscard]] static Index claims_of(const ScoreTable& table, Index h, Index floor, Index left) noexcept {
     const Index rest = table.rows(h) - floor;
-    const Index more = protected_rows(marks) > floor ? rest : std::min(left, rest);
-    detail::select_best(mine, floor + more);
-    detail::select_best(mine.first(detail::at(floor + more)), floor);
+    return protected_rows(table.protections(h)) > floor ? rest : std::min(left, rest);
+  }
+
+  static void make_claims(const Place& place, Index head, Index floor, Index left, std::span<detail::Rank> ranks,
+                          std::span<Claim> claims) noexcept {
+    const auto scores = place.table->scores(place.head);
+    const auto marks = place.table->protections(place.head);
+    const Index count = claims_of(*place.table, place.head, floor, left);
+    detail::rank_rows(scores, marks, ranks);
+    detail::select_best(ranks, floor + count);
+    detail::select_best(ranks.first(detail::at(floor + count)), floor);
     double sum = 0.0;
     for (std::size_t t = 0; t < scores.size(); ++t) {
       if (marks[t] == Protection::none) sum += static_cast<double>(scores[t]);
     }
+    const auto row_of = [](detail::Rank r) { return detail::at(detail::row_of(r)); };
     for (const detail::Rank r :
-         mine.subspan(detail::at(floor))) {  // protected rows beyond the floor claim like any other
-      const auto t = detail::at(detail::row_of(r));
-      if (marks[t] != Protection::none) sum += static_cast<double>(scores[t]);
+         ranks.subspan(detail::at(floor))) {  // protected rows beyond the floor claim like others
+      if (marks[row_of(r)] != Protection::none) sum += static_cast<double>(scores[row_of(r)]);
     }
     const double inverse = sum > 0.0 ? 1.0 / sum : 0.0;
-    for (const detail::Rank r : mine.subspan(detail::at(floor), detail::at(more))) {
-      const RowId t = detail::row_of(r);
-      claims[detail::at(count++)] = {static_cast<float>(static_cast<double>(scores[detail::at(t)]) * inverse),
-                                     static_cast<RowId>(head), t};
+    for (std::size_t i = 0; i < detail::at(count); ++i) {
+      const detail::Rank r = ranks[detail::at(floor) + i];
+      claims[i] = {static_cast<float>(static_cast<double>(scores[row_of(r)]) * inverse), static_cast<RowId>(head),
+                   detail::row_of(r)};
     }
-    return count;
   }
 
   Options options_;

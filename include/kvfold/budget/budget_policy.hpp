@@ -11,6 +11,7 @@
 
 #include "kvfold/detail/arena.hpp"
 #include "kvfold/detail/rows.hpp"
+#include "kvfold/exec/executor.hpp"
 #include "kvfold/exec/workspace.hpp"
 #include "kvfold/types.hpp"
 
@@ -27,6 +28,7 @@ struct RowLimits {
 /// - `limits(heads)`: the most it may give to one layer of H heads, and to one head.
 /// - `workspace_bytes(rows)`: bytes that `allocate` needs for tables of `rows` rows in all.
 /// - `allocate(tables, budgets, workspace)`: budgets for all heads of all tables, table after table; 1 <= B_h <= T_h.
+/// - `allocate(tables, budgets, workspace, executor)`, where it has it: the same with several threads.
 // clang-format off
 template <class B>
 concept BudgetPolicy = requires(const B& b, std::span<const ScoreTable> tables, std::span<Index> budgets,
@@ -39,6 +41,19 @@ concept BudgetPolicy = requires(const B& b, std::span<const ScoreTable> tables, 
 // clang-format on
 
 namespace detail {
+
+template <BudgetPolicy B, Executor X>
+Status allocate_budgets(const B& policy, std::span<const ScoreTable> tables, std::span<Index> budgets,
+                        Workspace workspace, X& executor) noexcept {
+  if constexpr (requires {
+                  { policy.allocate(tables, budgets, workspace, executor) }
+                  noexcept->std::same_as<Status>;
+                }) {
+    return policy.allocate(tables, budgets, workspace, executor);
+  } else {
+    return policy.allocate(tables, budgets, workspace);
+  }
+}
 
 [[nodiscard]] inline Status check_budget_call(std::span<const ScoreTable> tables,
                                               std::span<const Index> budgets) noexcept {

@@ -73,11 +73,11 @@ struct ColumnStorage {
     return s;
   }
 
-  void clear() const noexcept {
-    std::fill(global.begin(), global.end(), 0.f);
-    std::fill(local.begin(), local.end(), 0.f);
-    std::fill(seen.begin(), seen.end(), 0.f);
-    std::fill(status.begin(), status.end(), Status{});
+  /// The sums of a head.
+  void clear(Index columns, Index h) const noexcept {
+    for (const std::span<float> sums : {block(global, columns, h), block(local, columns, h), block(seen, 1, h)}) {
+      std::fill(sums.begin(), sums.end(), 0.f);
+    }
   }
 
   [[nodiscard]] std::span<float> block(std::span<float> all, Index columns, Index h) const noexcept {
@@ -107,7 +107,7 @@ template <KVCacheView V>
     if (!scratch.empty()) scratch[at(w)] = s;
   }
   if (Status bad = check(arena); !bad.ok()) return bad;
-  store.clear();
+  std::fill(store.status.begin(), store.status.end(), Status{});
 
   const Index window = std::min(want.window, queries.rows());
   const Index before = queries.rows() - window;
@@ -118,6 +118,7 @@ template <KVCacheView V>
   auto sum = [&](Index i, Index worker) noexcept {
     const Lane lane{i % lanes, lanes};
     const Index h = i / lanes;
+    if (lane.index == 0) store.clear(columns, h);
     Status& status = store.status[at(i)];
     const auto run = [&](const QueryRange& range, float weight, bool split, std::span<float> all) {
       if (!status.ok() || (!split && lane.index > 0)) return;
@@ -206,7 +207,8 @@ template <KVCacheView V>
   const Index columns = column_count(detail, shape.group_size), pieces = piece_count(view);
   const ColumnStorage store = ColumnStorage::take(view, columns, arena, pieces);
   if (Status bad = check(arena); !bad.ok()) return bad;
-  store.clear();
+  std::fill(store.status.begin(), store.status.end(), Status{});
+  for (Index h = 0; h < shape.kv_heads; ++h) store.clear(columns, h);
 
   const Index window = std::min(want.window, weights.rows), before = weights.rows - window;
   const QueryRange local{before, window, 1};

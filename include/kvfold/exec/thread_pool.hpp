@@ -4,8 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -14,6 +12,9 @@
 namespace kvfold {
 
 /// An executor over `threads` threads, the caller's among them. `run` may be called by one thread at a time.
+///
+/// Threads that have nothing to do look out for work for some 50 us, letting others run meanwhile, before they sleep: the
+/// stages of a policy follow each other faster than threads wake up.
 class ThreadPool {
  public:
   /// \param threads threads that work together, the calling one included; below 1 counts as 1.
@@ -27,11 +28,9 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   ~ThreadPool() {
-    {
-      const std::lock_guard lock(mutex_);
-      stopping_ = true;
-    }
-    wake_.notify_all();
+    task_ = nullptr;
+    generation_.fetch_add(1, std::memory_order_release);
+    generation_.notify_all();
     for (std::thread& helper : helpers_) helper.join();
   }
 
@@ -43,21 +42,28 @@ class ThreadPool {
       for (Index i = 0; i < n; ++i) task(i, 0);
       return;
     }
-    {
-      const std::lock_guard lock(mutex_);
-      task_ = &task;
-      count_ = n;
-      next_.store(0, std::memory_order_relaxed);
-      busy_ = static_cast<Index>(helpers_.size());
-      ++generation_;
-    }
-    wake_.notify_all();
+    task_ = &task;
+    count_ = n;
+    next_.store(0, std::memory_order_relaxed);
+    busy_.store(concurrency() - 1, std::memory_order_relaxed);
+    generation_.fetch_add(1, std::memory_order_release);
+    generation_.notify_all();
     work(task, n, 0);
-    std::unique_lock lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
+    for (Index left = busy_.load(std::memory_order_acquire); left != 0; left = busy_.load(std::memory_order_acquire)) {
+      wait_for_change(busy_, left);
+    }
   }
 
  private:
+  static void wait_for_change(const std::atomic<Index>& x, Index old) noexcept {
+    constexpr int kLooks = 100;
+    for (int i = 0; i < kLooks; ++i) {
+      if (x.load(std::memory_order_acquire) != old) return;
+      std::this_thread::yield();
+    }
+    x.wait(old, std::memory_order_acquire);
+  }
+
   void work(TaskRef task, Index n, Index worker) noexcept {
     for (Index i = next_.fetch_add(1, std::memory_order_relaxed); i < n;
          i = next_.fetch_add(1, std::memory_order_relaxed)) {
@@ -66,30 +72,19 @@ class ThreadPool {
   }
 
   void serve(Index worker) {
-    Index seen = 0;
-    std::unique_lock lock(mutex_);
-    for (;;) {
-      wake_.wait(lock, [&] { return stopping_ || generation_ != seen; });
-      if (stopping_) return;
-      seen = generation_;
-      const TaskRef task = *task_;
-      const Index n = count_;
-      lock.unlock();
-      work(task, n, worker);
-      lock.lock();
-      if (--busy_ == 0) done_.notify_one();
+    for (Index seen = 0;; ++seen) {  // a generation ends when all helpers are done with it: none is missed
+      wait_for_change(generation_, seen);
+      if (task_ == nullptr) return;
+      work(*task_, count_, worker);
+      busy_.fetch_sub(1, std::memory_order_acq_rel);
+      busy_.notify_one();
     }
   }
 
-  std::mutex mutex_;
-  std::condition_variable wake_, done_;
   std::vector<std::thread> helpers_;
-  std::atomic<Index> next_{0};
-  const TaskRef* task_ = nullptr;
+  std::atomic<Index> next_{0}, busy_{0}, generation_{0};
+  const TaskRef* task_ = nullptr;  // of this generation; null ends the helpers
   Index count_ = 0;
-  Index busy_ = 0;
-  Index generation_ = 0;
-  bool stopping_ = false;
 };
 
 static_assert(Executor<ThreadPool>);
