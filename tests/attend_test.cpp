@@ -56,6 +56,24 @@ TEST_P(AttendSweep, IsSoftmaxAttentionOverTheRowsOfEachHead) {
 
 INSTANTIATE_TEST_SUITE_P(Rows, AttendSweep, testing::Values(1, 2, 127, 128, 129, 400));
 
+/// Few queries of long rows: parts of a head's rows work side by side.
+TEST(Attend, LongRowsAreSplitIntoParts) {
+  for (const auto& [heads, group] : {std::pair<Index, Index>{1, 1}, {1, 5}, {3, 4}, {9, 1}}) {
+    const LayerShape shape{heads, group, 24, 10};
+    const auto cache = ragged_cache(shape, 3000);  // heads of 3000, 1501 and 1 rows
+    for (const Index count : {1, 3, 6}) {          // six queries of five heads are not few
+      SCOPED_TRACE(testing::Message() << heads << " heads, G " << group << ", " << count << " queries");
+      expect_oracle(cache, make_queries(shape, count, 3000).view());
+    }
+  }
+}
+
+TEST(Attend, PartsThatAQueryCannotSeeDoNotCount) {
+  const LayerShape shape{2, 2, 8, 6};
+  const auto cache = ragged_cache(shape, 4000);
+  for (const Index length : {1, 500, 2001, 3999}) expect_oracle(cache, make_queries(shape, 1, length).view());
+}
+
 TEST(Attend, ReadsEveryStorageType) {
   const LayerShape shape{3, 2, 12, 20};
   const auto queries = make_queries(shape, 4, 150);
@@ -195,13 +213,15 @@ INSTANTIATE_TEST_SUITE_P(Contents, UnseenRow,
 
 TEST(Attend, GivesTheSameBitsForEveryExecutor) {
   const LayerShape shape{5, 3, 16, 24};
-  const auto cache = ragged_cache(shape, 300);
-  const auto queries = make_queries(shape, 50, 300);
-  const auto serial = run_attend(cache, queries.view());
-  for (const Index threads : {1, 2, 3, 4}) {
-    const auto pooled = run_attend(cache, queries.view(), ThreadPool(threads));
-    EXPECT_EQ(pooled.out, serial.out);
-    EXPECT_EQ(pooled.log_sum_exp, serial.log_sum_exp);
+  for (const auto& [rows, count] : {std::pair<Index, Index>{300, 50}, {5000, 1}}) {
+    const auto cache = ragged_cache(shape, rows);
+    const auto queries = make_queries(shape, count, rows);
+    const auto serial = run_attend(cache, queries.view());
+    for (const Index threads : {1, 2, 3, 4}) {
+      const auto pooled = run_attend(cache, queries.view(), ThreadPool(threads));
+      EXPECT_EQ(pooled.out, serial.out);
+      EXPECT_EQ(pooled.log_sum_exp, serial.log_sum_exp);
+    }
   }
 }
 

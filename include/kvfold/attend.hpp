@@ -54,6 +54,54 @@ struct AttendScratch {
   }
 };
 
+/// How many parts a head's rows are split into, for few queries: so that a layer with few heads has some 16 tasks, but of
+/// no fewer than kPartRows rows. Not a matter of how many workers there are, so results are the same bits for each number.
+inline constexpr Index kPartRows = 1024;
+
+[[nodiscard]] constexpr Index most_parts(const LayerShape& shape) noexcept {
+  constexpr Index kTasks = 16;
+  return shape.kv_heads < 1 ? 1 : (kTasks - 1) / shape.kv_heads + 1;
+}
+[[nodiscard]] constexpr Index part_count(const LayerShape& shape, Index queries, Index rows) noexcept {
+  return queries > kFewQueries ? 1 : std::min(most_parts(shape), (rows - 1) / kPartRows + 1);
+}
+
+/// What few queries have seen of a part of a head's rows: softmax sums, and sums of values not yet divided by them.
+struct AttendPart {
+  std::span<float> max, sum;  // [kFewQueries]
+  std::span<float> out;       // [kFewQueries][E]
+
+  static AttendPart take(Arena& arena, const LayerShape& shape) noexcept {
+    AttendPart p;
+    p.max = arena.take<float>(kFewQueries);
+    p.sum = arena.take<float>(kFewQueries);
+    p.out = arena.take<float>(kFewQueries, shape.value_dim);
+    return p;
+  }
+};
+
+/// Memory of `attend`.
+struct AttendSpace {
+  std::span<AttendScratch> scratch;  // [workers]
+  std::span<AttendPart> parts;       // [H][most_parts], none where that is 1
+
+  static AttendSpace take(Arena& arena, const LayerShape& shape, Index workers) noexcept {
+    AttendSpace s;
+    const Index parts = most_parts(shape) > 1 ? shape.kv_heads * most_parts(shape) : 0;
+    s.scratch = arena.take<AttendScratch>(workers);
+    s.parts = arena.take<AttendPart>(parts);
+    for (Index w = 0; w < workers; ++w) {
+      const auto scratch = AttendScratch::take(arena, shape);
+      if (!s.scratch.empty()) s.scratch[at(w)] = scratch;
+    }
+    for (Index i = 0; i < parts; ++i) {
+      const auto part = AttendPart::take(arena, shape);
+      if (!s.parts.empty()) s.parts[at(i)] = part;
+    }
+    return s;
+  }
+};
+
 /// Attention of up to kQueryTile query rows of one KV head, tile by tile with a running maximum.
 template <KVCacheView V>
 class AttendBlock {
@@ -64,10 +112,37 @@ class AttendBlock {
   /// Rows [first, first + count) in the order (query, query head of the group).
   void run(Index first, Index count, const AttentionOutput& to) noexcept {
     load(first, count);
-    for (Index t = 0; t < most_visible_; t += tile_) {
-      add_tile(t, std::min(tile_, most_visible_ - t));
+    add_rows(0, most_visible_);
+    for (Index r = 0; r < count_; ++r) {
+      store(first + r, s_.out.data() + r * shape_.value_dim, max_[r], sum_[r], to);
     }
-    store(first, to);
+  }
+
+  /// All query rows, few, and part `i` of `parts` of the head's rows.
+  void run_part(Index i, Index parts, const AttendPart& to) noexcept {
+    load(0, queries_.rows() * shape_.group_size);
+    const Index size = (static_cast<Index>(view_.size(h_)) - 1) / parts + 1;
+    add_rows(i * size, std::min((i + 1) * size, most_visible_));
+    std::copy_n(max_, count_, to.max.begin());
+    std::copy_n(sum_, count_, to.sum.begin());
+    std::copy_n(s_.out.begin(), count_ * shape_.value_dim, to.out.begin());
+  }
+
+  /// Puts the parts of a head together.
+  void join(std::span<const AttendPart> parts, const AttentionOutput& to) noexcept {
+    const Index width = shape_.value_dim;
+    float* joined = s_.out.data();
+    for (Index r = 0; r < queries_.rows() * shape_.group_size; ++r) {
+      float max = -std::numeric_limits<float>::infinity(), sum = 0.f;
+      for (const AttendPart& part : parts) max = std::max(max, part.max[at(r)]);
+      std::fill_n(joined, width, 0.f);
+      for (const AttendPart& part : parts) {
+        const float factor = std::exp(part.max[at(r)] - max);
+        sum += factor * part.sum[at(r)];
+        add_scaled(joined, part.out.data() + r * width, width, factor);
+      }
+      store(r, joined, max, sum, to);
+    }
   }
 
  private:
@@ -86,6 +161,10 @@ class AttendBlock {
     }
     scale(s_.queries.data(), count * shape_.key_dim, queries_.logit_scale());
     std::fill_n(s_.out.begin(), count * shape_.value_dim, 0.f);
+  }
+
+  void add_rows(Index first, Index last) noexcept {
+    for (Index t = first; t < last; t += tile_) add_tile(t, std::min(tile_, last - t));
   }
 
   void add_tile(Index t, Index n) noexcept {
@@ -175,14 +254,13 @@ class AttendBlock {
     return bits != 0;
   }
 
-  void store(Index first, const AttentionOutput& to) const noexcept {
-    for (Index r = 0; r < count_; ++r) {
-      const Index i = (first + r) / shape_.group_size, q = h_ * shape_.group_size + (first + r) % shape_.group_size;
-      float* row = to.data + q * to.head_stride + i * to.row_stride;
-      std::fill_n(row, shape_.value_dim, 0.f);
-      add_scaled(row, s_.out.data() + r * shape_.value_dim, shape_.value_dim, 1.f / sum_[r]);
-      if (!to.log_sum_exp.empty()) to.log_sum_exp[at(q * queries_.rows() + i)] = max_[r] + std::log(sum_[r]);
-    }
+  /// Row r of all query rows of the head. \param out weighted sum of values; `sum` that of weights exp(logit - max)
+  void store(Index r, const float* out, float max, float sum, const AttentionOutput& to) const noexcept {
+    const Index i = r / shape_.group_size, q = h_ * shape_.group_size + r % shape_.group_size;
+    float* row = to.data + q * to.head_stride + i * to.row_stride;
+    std::fill_n(row, shape_.value_dim, 0.f);
+    add_scaled(row, out, shape_.value_dim, 1.f / sum);
+    if (!to.log_sum_exp.empty()) to.log_sum_exp[at(q * queries_.rows() + i)] = max + std::log(sum);
   }
 
   const V& view_;
@@ -213,8 +291,7 @@ class AttendBlock {
 /// Bytes of workspace that `attend` needs.
 [[nodiscard]] inline std::size_t attend_workspace_bytes(const LayerShape& shape, Index workers) noexcept {
   detail::Arena arena;
-  static_cast<void>(arena.take<detail::AttendScratch>(workers));
-  for (Index w = 0; w < workers; ++w) static_cast<void>(detail::AttendScratch::take(arena, shape));
+  static_cast<void>(detail::AttendSpace::take(arena, shape, workers));
   return arena.required_bytes();
 }
 
@@ -224,7 +301,9 @@ class AttendBlock {
 /// already. This is what an engine without ragged heads needs to use a compressed cache; the tests hold plans against it.
 /// `out` must not overlap the queries. Keys and values are not searched for NaN, and one in a row that a query cannot see
 /// may still reach it when another query of the same call sees that row. That positions ascend is the view's promise: only
-/// O(log T) of them are looked at; log masses are all checked. Cost: 2 * rows * G * T * (D + E) FLOPs per head; memory O(tile) per worker.
+/// O(log T) of them are looked at; log masses are all checked. Cost: 2 * rows * G * T * (D + E) FLOPs per head; memory O(tile) per worker, and
+/// up to 480 * (E + 2) floats: for few queries, long rows of a layer with fewer than 16 heads are split into parts, which work
+/// side by side.
 template <KVCacheView V, Executor X>
 Status attend(const V& view, const QueryRows& queries, const AttentionOutput& out, Workspace workspace,
               X& executor) noexcept {
@@ -248,19 +327,28 @@ Status attend(const V& view, const QueryRows& queries, const AttentionOutput& ou
   const auto workers = static_cast<Index>(executor.concurrency());
   if (workers < 1) return {StatusCode::invalid_argument, "executor", "concurrency() must be at least 1"};
   detail::Arena arena(workspace);
-  const std::span<detail::AttendScratch> scratch = arena.take<detail::AttendScratch>(workers);
-  for (Index w = 0; w < workers; ++w) {
-    const auto s = detail::AttendScratch::take(arena, shape);
-    if (!scratch.empty()) scratch[detail::at(w)] = s;
-  }
+  const detail::AttendSpace space = detail::AttendSpace::take(arena, shape, workers);
   if (Status bad = detail::check(arena); !bad.ok()) return bad;
+  const auto block = [&](Index h, Index worker) {
+    return detail::AttendBlock<V>(view, h, queries, space.scratch[detail::at(worker)]);
+  };
 
   const Index rows = queries.rows() * shape.group_size;
+  const Index parts = detail::part_count(shape, rows, detail::max_rows(view));
+  if (parts > 1) {
+    auto task = [&](Index i, Index worker) noexcept {
+      block(i / parts, worker).run_part(i % parts, parts, space.parts[detail::at(i)]);
+    };
+    executor.run(shape.kv_heads * parts, task);
+    for (Index h = 0; h < shape.kv_heads; ++h) {
+      block(h, 0).join(space.parts.subspan(detail::at(h * parts), detail::at(parts)), out);
+    }
+    return {};
+  }
   const Index blocks = (rows + detail::kQueryTile - 1) / detail::kQueryTile;
   auto task = [&](Index i, Index worker) noexcept {
     const Index first = i % blocks * detail::kQueryTile;
-    detail::AttendBlock<V>(view, i / blocks, queries, scratch[detail::at(worker)])
-        .run(first, std::min(detail::kQueryTile, rows - first), out);
+    block(i / blocks, worker).run(first, std::min(detail::kQueryTile, rows - first), out);
   };
   executor.run(shape.kv_heads * blocks, task);
   return {};

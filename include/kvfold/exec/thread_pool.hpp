@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <thread>
 #include <vector>
 
@@ -45,23 +46,25 @@ class ThreadPool {
     task_ = &task;
     count_ = n;
     next_.store(0, std::memory_order_relaxed);
-    busy_.store(concurrency() - 1, std::memory_order_relaxed);
+    busy_.store(static_cast<std::uint32_t>(helpers_.size()), std::memory_order_relaxed);
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
     work(task, n, 0);
-    for (Index left = busy_.load(std::memory_order_acquire); left != 0; left = busy_.load(std::memory_order_acquire)) {
-      wait_for_change(busy_, left);
+    for (std::uint32_t left = busy_.load(std::memory_order_acquire); left != 0;) {
+      left = wait_for_change(busy_, left);
     }
   }
 
  private:
-  static void wait_for_change(const std::atomic<Index>& x, Index old) noexcept {
+  /// \returns what it has become.
+  static std::uint32_t wait_for_change(const std::atomic<std::uint32_t>& x, std::uint32_t old) noexcept {
     constexpr int kLooks = 100;
     for (int i = 0; i < kLooks; ++i) {
-      if (x.load(std::memory_order_acquire) != old) return;
+      if (const std::uint32_t now = x.load(std::memory_order_acquire); now != old) return now;
       std::this_thread::yield();
     }
     x.wait(old, std::memory_order_acquire);
+    return x.load(std::memory_order_acquire);
   }
 
   void work(TaskRef task, Index n, Index worker) noexcept {
@@ -72,8 +75,8 @@ class ThreadPool {
   }
 
   void serve(Index worker) {
-    for (Index seen = 0;; ++seen) {  // a generation ends when all helpers are done with it: none is missed
-      wait_for_change(generation_, seen);
+    for (std::uint32_t seen = 0;;) {  // a generation ends when all helpers are done with it: none is missed
+      seen = wait_for_change(generation_, seen);
       if (task_ == nullptr) return;
       work(*task_, count_, worker);
       busy_.fetch_sub(1, std::memory_order_acq_rel);
@@ -82,8 +85,9 @@ class ThreadPool {
   }
 
   std::vector<std::thread> helpers_;
-  std::atomic<Index> next_{0}, busy_{0}, generation_{0};
-  const TaskRef* task_ = nullptr;  // of this generation; null ends the helpers
+  std::atomic<Index> next_{0};
+  std::atomic<std::uint32_t> busy_{0}, generation_{0};  // of a size that the system can wait for
+  const TaskRef* task_ = nullptr;                       // of this generation; null ends the helpers
   Index count_ = 0;
 };
 
