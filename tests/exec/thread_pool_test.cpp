@@ -2,7 +2,9 @@
 #include <kvfold/exec/thread_pool.hpp>
 
 #include <atomic>
+#include <chrono>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -57,6 +59,20 @@ TEST_P(ThreadPoolTest, RunsEachTaskOnceAndNoWorkerTwiceAtATime) {
 TEST_P(ThreadPoolTest, CanBeUsedThousandsOfTimes) {
   ThreadPool pool(GetParam());
   for (Index i = 0; i < 2000; ++i) expect_contract(pool, i % 5);
+}
+
+TEST_P(ThreadPoolTest, WakesUpAfterItHasSlept) {
+  ThreadPool pool(GetParam());
+  for (int i = 0; i < 30; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(i % 3));  // longer than helpers look out for work
+    std::atomic<Index> sum{0};
+    auto task = [&](Index n, Index) noexcept {
+      if (n % 4 == 0) std::this_thread::sleep_for(std::chrono::microseconds(700));  // and longer than `run` does
+      sum += n;
+    };
+    pool.run(9, task);
+    ASSERT_EQ(sum, 36);
+  }
 }
 
 TEST_P(ThreadPoolTest, WhatTasksWroteIsSeenAfterRun) {

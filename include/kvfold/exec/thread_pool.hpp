@@ -4,7 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdint>
+#include <condition_variable>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -29,9 +30,7 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   ~ThreadPool() {
-    task_ = nullptr;
-    generation_.fetch_add(1, std::memory_order_release);
-    generation_.notify_all();
+    begin(nullptr, 0);
     for (std::thread& helper : helpers_) helper.join();
   }
 
@@ -43,28 +42,34 @@ class ThreadPool {
       for (Index i = 0; i < n; ++i) task(i, 0);
       return;
     }
-    task_ = &task;
-    count_ = n;
-    next_.store(0, std::memory_order_relaxed);
-    busy_.store(static_cast<std::uint32_t>(helpers_.size()), std::memory_order_relaxed);
-    generation_.fetch_add(1, std::memory_order_release);
-    generation_.notify_all();
+    begin(&task, n);
     work(task, n, 0);
-    for (std::uint32_t left = busy_.load(std::memory_order_acquire); left != 0;) {
-      left = wait_for_change(busy_, left);
-    }
+    wait_until(done_, [this] { return busy_.load(std::memory_order_acquire) == 0; });
   }
 
  private:
-  /// \returns what it has become.
-  static std::uint32_t wait_for_change(const std::atomic<std::uint32_t>& x, std::uint32_t old) noexcept {
+  /// Gives the helpers a task, or null: to end.
+  void begin(const TaskRef* task, Index n) noexcept {
+    {
+      const std::lock_guard lock(mutex_);
+      task_ = task;
+      count_ = n;
+      next_.store(0, std::memory_order_relaxed);
+      busy_.store(static_cast<Index>(helpers_.size()), std::memory_order_relaxed);
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+  }
+
+  template <class Condition>
+  void wait_until(std::condition_variable& change, Condition holds) noexcept {
     constexpr int kLooks = 100;
     for (int i = 0; i < kLooks; ++i) {
-      if (const std::uint32_t now = x.load(std::memory_order_acquire); now != old) return now;
+      if (holds()) return;
       std::this_thread::yield();
     }
-    x.wait(old, std::memory_order_acquire);
-    return x.load(std::memory_order_acquire);
+    std::unique_lock lock(mutex_);
+    change.wait(lock, holds);
   }
 
   void work(TaskRef task, Index n, Index worker) noexcept {
@@ -74,20 +79,22 @@ class ThreadPool {
     }
   }
 
-  void serve(Index worker) {
-    for (std::uint32_t seen = 0;;) {  // a generation ends when all helpers are done with it: none is missed
-      seen = wait_for_change(generation_, seen);
+  void serve(Index worker) noexcept {
+    for (Index seen = 0;; ++seen) {  // a generation ends when all helpers are done with it: none is missed
+      wait_until(wake_, [&] { return generation_.load(std::memory_order_acquire) != seen; });
       if (task_ == nullptr) return;
       work(*task_, count_, worker);
-      busy_.fetch_sub(1, std::memory_order_acq_rel);
-      busy_.notify_one();
+      if (busy_.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
+      { const std::lock_guard lock(mutex_); }  // who waits has either seen this, or sleeps by now
+      done_.notify_one();
     }
   }
 
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
   std::vector<std::thread> helpers_;
-  std::atomic<Index> next_{0};
-  std::atomic<std::uint32_t> busy_{0}, generation_{0};  // of a size that the system can wait for
-  const TaskRef* task_ = nullptr;                       // of this generation; null ends the helpers
+  std::atomic<Index> next_{0}, busy_{0}, generation_{0};
+  const TaskRef* task_ = nullptr;  // of this generation; null ends the helpers
   Index count_ = 0;
 };
 
