@@ -41,17 +41,7 @@ template <Stored E>
 inline constexpr bool kHasLanes = std::same_as<E, float> || std::same_as<E, BFloat16> ||
                                   ((std::same_as<E, Float16> || std::same_as<E, BlockQ8_0>)&&kHasWideLoads);
 
-/// x times what all elements of a unit are to be multiplied by: the scale of a block.
-template <Stored E, class X>
-[[nodiscard]] auto times_scale_of([[maybe_unused]] const E* unit, X x) noexcept {
-  if constexpr (kInBlocks<E>) {
-    return x * load_f16_in_all_lanes(unit->scale.bits);
-  } else {
-    return x;
-  }
-}
-
-/// Elements [d, d + kLanes) from a unit on, before any scale; those of blocks are of one.
+/// Elements [d, d + kLanes) from a unit on; those of blocks are of one.
 template <Stored E>
 [[nodiscard]] Lanes load_lanes_of(const E* unit, Index d) noexcept {
   if constexpr (std::same_as<E, float>) {
@@ -61,7 +51,7 @@ template <Stored E>
   } else if constexpr (std::same_as<E, Float16>) {
     return load_f16_lanes(unit + d);
   } else {
-    return load_i8_lanes(unit->values.data() + d);
+    return load_i8_lanes(unit->values.data() + d) * load_f16_in_all_lanes(unit->scale.bits);
   }
 }
 
@@ -164,24 +154,16 @@ void few_dots_of(const float* a, Index a_stride, const E* b, Index n, Index k, f
       fetch_ahead<bytes_of<E>(kColumns * kStep)>(row[0], bytes_of<E>(kColumns * d));
       const E* unit[kLanes];
       for (Index j = 0; j < kColumns; ++j) unit[j] = row[j] + d / kUnit<E>;
-      if constexpr (kRows == 1) {  // the scale of a block is for its sum
-        Lanes x[static_cast<std::size_t>(kStep / kLanes)];
-        for (Index e = 0; e < kStep / kLanes; ++e) x[e] = in_register(load_lanes(a + d + e * kLanes));
+#pragma GCC unroll 8
+      for (Index e = 0; e < kStep; e += kLanes) {
+        Lanes y[kLanes];
         for (Index j = 0; j < kColumns; ++j) {
-          Lanes sum = x[0] * load_lanes_of(unit[j], 0);
-          for (Index e = 1; e < kStep / kLanes; ++e) sum = x[e] * load_lanes_of(unit[j], e * kLanes) + sum;
-          sums[j] = times_scale_of(unit[j], sum) + sums[j];
+          y[j] = load_lanes_of(unit[j], e);
+          if constexpr (kRows > 1) y[j] = in_register(y[j]);  // else it is used only once
         }
-      } else {  // for its elements
-        for (Index e = 0; e < kStep; e += kLanes) {
-          Lanes y[kLanes];
-          for (Index j = 0; j < kColumns; ++j) {
-            y[j] = in_register(times_scale_of(unit[j], load_lanes_of(unit[j], e)));
-          }
-          for (Index i = 0; i < kRows; ++i) {
-            const Lanes x = in_register(load_lanes(a + i * a_stride + d + e));
-            for (Index j = 0; j < kColumns; ++j) sums[i * kColumns + j] = x * y[j] + sums[i * kColumns + j];
-          }
+        for (Index i = 0; i < kRows; ++i) {
+          const Lanes x = in_register(load_lanes(a + i * a_stride + d + e));
+          for (Index j = 0; j < kColumns; ++j) sums[i * kColumns + j] = x * y[j] + sums[i * kColumns + j];
         }
       }
     }
@@ -224,16 +206,8 @@ Index add_few_of(const float* a, Index a_stride, const E* b, Index k, Index n, f
       fetch_ahead<bytes_of<E>(kWidth * kLanes)>(row, bytes_of<E>(first));
       for (Index x = 0; x < kWidth; ++x) {
         const E* unit = row + first / kUnit<E> + (kWholeUnits ? x * kLanes / kUnit<E> : 0);
-        Lanes y = load_lanes_of(unit, in_unit + x * kLanes % kUnit<E>);
-        if constexpr (kRows > kWidth) y = times_scale_of(unit, y);
-        for (Index i = 0; i < kRows; ++i) {
-          const float factor = a[i * a_stride + j];
-          if constexpr (kRows <= kWidth) {  // once for a block
-            sums[i][x] = times_scale_of(unit, factor) * y + sums[i][x];
-          } else {
-            sums[i][x] = factor * y + sums[i][x];
-          }
-        }
+        const Lanes y = load_lanes_of(unit, in_unit + x * kLanes % kUnit<E>);
+        for (Index i = 0; i < kRows; ++i) sums[i][x] = a[i * a_stride + j] * y + sums[i][x];
       }
     }
     for (Index i = 0; i < kRows; ++i) {
