@@ -205,9 +205,9 @@ TEST(AttentionWeightsEvidence, IsRefusedWhereItDoesNotFitTheView) {
 
 TEST(AttentionWeightsEvidence, OfManyRowsIsAddedUpInPieces) {
   const LayerShape shape{2, 2, 4, 4};
-  auto cache = make_cache(shape, 2500);
-  cache.resize(1, 1030);  // of the three pieces of a head, this one has none, or six rows, in the last two
-  const OwnedQueries owned = make_queries(shape, 21, 2500);
+  auto cache = make_cache(shape, 8500);
+  cache.resize(1, 4100);  // of the three pieces of a head, this one has four rows in the second and none in the last
+  const OwnedQueries owned = make_queries(shape, 21, 8500);
   OwnedWeights weights(cache, owned.view());
   const GlobalLocalScorer scorer({.window = 4});
   const Scored wanted = run_score(scorer, cache, owned.view()), got = run_score(scorer, cache, weights.view);
@@ -217,10 +217,10 @@ TEST(AttentionWeightsEvidence, OfManyRowsIsAddedUpInPieces) {
   const auto weight = [&](Index q, Index i, Index t) -> float& {
     return nth(weights.data, q * weights.view.head_stride + i * weights.view.row_stride + t);
   };
-  weight(3, 17, 1040) = kNaN;  // beyond the rows of its head
+  weight(3, 17, 4200) = kNaN;  // beyond the rows of its head
   EXPECT_TRUE(run_score(scorer, cache, weights.view).status.ok());
-  weight(3, 5, 1029) = -1.f;
-  weight(1, 20, 2499) = kNaN;
+  weight(3, 5, 4099) = -1.f;
+  weight(1, 20, 8499) = kNaN;
   const Status first = run_score(scorer, cache, weights.view).status;
   EXPECT_TRUE(says(first, StatusCode::not_finite, "weights"));
   EXPECT_EQ(first.head(), 0);

@@ -55,22 +55,28 @@ inline void add_product(const float* a, Index a_stride, Index m, const float* b,
   }
 }
 
-[[nodiscard]] inline bool all_finite(const float* x, Index n) noexcept { return ConstFloats(x, n).allFinite(); }
+/// A loop that compilers vectorise, as they do not with one that may stop.
+[[nodiscard]] inline bool all_finite(const float* x, Index n) noexcept {
+  std::uint32_t bad = 0;
+  for (Index i = 0; i < n; ++i) {
+    bad |= static_cast<std::uint32_t>((std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffu) >= 0x7f800000u);
+  }
+  return bad == 0;
+}
 [[nodiscard]] inline float max_of(const float* x, Index n) noexcept { return ConstFloats(x, n).maxCoeff(); }
 [[nodiscard]] inline float min_of(const float* x, Index n) noexcept { return ConstFloats(x, n).minCoeff(); }
 
 [[nodiscard]] inline float dot(const float* x, const float* y, Index n) noexcept {
   return ConstFloats(x, n).matrix().dot(ConstFloats(y, n).matrix());
 }
-/// Whether all of x are finite and at least 0, in one pass: the bits of such numbers are below those of all others but -0.
+/// Whether all of x are finite and at least 0: the bits of such numbers are below those of all others but -0.
 [[nodiscard]] inline bool all_weights(const float* x, Index n) noexcept {
-  constexpr std::uint32_t kNegativeZero = 0x80000000u, kInfinity = 0x7f800000u;
-  std::uint32_t most = 0;
+  std::uint32_t bad = 0;
   for (Index i = 0; i < n; ++i) {
     const auto bits = std::bit_cast<std::uint32_t>(x[i]);
-    most = std::max(most, bits == kNegativeZero ? 0u : bits);
+    bad |= static_cast<std::uint32_t>(bits >= 0x7f800000u) & static_cast<std::uint32_t>(bits != 0x80000000u);
   }
-  return most < kInfinity;
+  return bad == 0;
 }
 /// How many of x are above a number. A loop that compilers vectorise.
 [[nodiscard]] inline Index count_above(const float* x, Index n, float least) noexcept {
