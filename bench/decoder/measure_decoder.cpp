@@ -19,11 +19,13 @@
 
 #include "decoder/decoder.hpp"
 #include "evaluation/documents.hpp"
+#include "support/quantile.hpp"
 
 namespace {
 
 using Clock = std::chrono::steady_clock;
 using kvfold::Index;
+using kvfold::bench::quantile;
 using nlohmann::json;
 
 constexpr Index kWindow = 32;
@@ -31,12 +33,6 @@ constexpr std::size_t kChunk = 512;
 constexpr Index kStrides[] = {16, 1};  // of the global term: sampled, exact
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
-double quantile(std::vector<double> x, double share) {
-  const auto place = static_cast<std::ptrdiff_t>(share * static_cast<double>(x.size() - 1) + 0.5);
-  std::nth_element(x.begin(), x.begin() + place, x.end());
-  return x[static_cast<std::size_t>(place)];
-}
 
 std::string fixed(double value, int digits) {
   char text[32];
@@ -47,12 +43,12 @@ std::string fixed(double value, int digits) {
 /// A prompt that has been read, and what was seen of its attention.
 class Prompt {
  public:
-  Prompt(decoder::Decoder& model, std::span<const decoder::Token> tokens, bool with_global, kvfold::ThreadPool& pool)
+  Prompt(decoder::Decoder& model, std::span<const decoder::Token> tokens, kvfold::ThreadPool& pool)
       : sequence(model.new_sequence()), shape_(model.config().layer_shape()), pool_(pool) {
     const auto layers = static_cast<std::size_t>(model.config().layers);
     const auto rows = static_cast<Index>(tokens.size());
     window_.resize(layers);
-    for (std::size_t s = 0; s < std::size(kStrides) && with_global; ++s) {
+    for (std::size_t s = 0; s < std::size(kStrides); ++s) {
       for (std::size_t i = 0; i < layers; ++i) {
         streams_[s].push_back(kvfold::or_throw(kvfold::GlobalLocalAccumulator::create(
             shape_, rows, {.window = kWindow, .query_stride = kStrides[s], .group = kvfold::GroupReduction::max})));
@@ -62,7 +58,7 @@ class Prompt {
     const auto start = Clock::now();
     model.prefill(tokens, sequence, kChunk, [&](std::size_t layer, const kvfold::QueryRows& queries) {
       const auto before = Clock::now();
-      for (std::size_t s = 0; s < std::size(kStrides) && with_global; ++s) {
+      for (std::size_t s = 0; s < std::size(kStrides); ++s) {
         const auto begun = Clock::now();
         kvfold::or_throw(streams_[s][layer].observe(sequence.layers[layer], queries, space_.get(), pool_));
         observe_seconds[s] += seconds_since(begun);
@@ -138,7 +134,6 @@ class Prompt {
 };
 
 struct Settings {
-  bool quick = false;
   std::vector<Index> contexts{2048, 4096, 8160};  ///< the last leaves room for the steps below 8192 positions
   std::vector<Index> budgets{256, 512, 1024};
   int repetitions = 5, steps = 16;
@@ -154,7 +149,7 @@ std::unique_ptr<Prompt> measure_shares(decoder::Decoder& model, std::span<const 
              {"rows", json::array()}};
   for (const Index context : settings.contexts) {
     last.reset();  // before the next one is made: both are large
-    last = std::make_unique<Prompt>(model, tokens.first(static_cast<std::size_t>(context)), true, pool);
+    last = std::make_unique<Prompt>(model, tokens.first(static_cast<std::size_t>(context)), pool);
     Prompt& prompt = *last;
     const auto middle = [&](auto compress) {
       std::vector<double> spent;
@@ -240,7 +235,7 @@ int run(int argc, char** argv) {
     const std::string name = argv[i];
     const bool has_value = i + 1 < argc;
     if (name == "--quick") {
-      settings = {.quick = true, .contexts = {256}, .budgets = {64}, .repetitions = 1, .steps = 2};
+      settings = {.contexts = {256}, .budgets = {64}, .repetitions = 1, .steps = 2};
     } else if (name == "--model" && has_value) {
       model_dir = argv[++i];
     } else if (name == "--text" && has_value) {

@@ -21,9 +21,12 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
+#include "support/quantile.hpp"
+
 namespace {
 
 using kvfold::Index;
+using kvfold::bench::median;
 
 struct Settings {
   std::string model, text;
@@ -33,11 +36,6 @@ struct Settings {
 };
 
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-double median(std::vector<double> x) {
-  std::nth_element(x.begin(), x.begin() + static_cast<std::ptrdiff_t>(x.size() / 2), x.end());
-  return x[x.size() / 2];
-}
 
 struct FreeModel {
   void operator()(llama_model* model) const { llama_model_free(model); }

@@ -12,6 +12,7 @@
 
 #include "floors.hpp"
 #include "heap_calls.hpp"
+#include "quantile.hpp"
 
 namespace kvfold::bench {
 
@@ -29,15 +30,6 @@ inline void fail(benchmark::State& state, const std::string& why) {
   any_failed = true;
   state.SkipWithError(why.c_str());
 }
-
-/// The value that a share of `x` lies below.
-[[nodiscard]] inline double quantile(std::vector<double> x, double share) {
-  if (x.empty()) return 0.0;
-  const auto place = static_cast<std::ptrdiff_t>(share * static_cast<double>(x.size() - 1) + 0.5);
-  std::nth_element(x.begin(), x.begin() + place, x.end());
-  return x[static_cast<std::size_t>(place)];
-}
-[[nodiscard]] inline double median(const std::vector<double>& x) { return quantile(x, 0.5); }
 
 /// What is timed. `run` returns the seconds that count, or less than 0 when it failed; `prepare` is not timed.
 struct Stage {

@@ -54,16 +54,12 @@ struct AttendScratch {
   }
 };
 
-/// How many parts a head's rows are split into, for few queries: so that a layer with few heads has some 16 tasks, but of
-/// no fewer than kPartRows rows. Not a matter of how many workers there are, so results are the same bits for each number.
+/// How many parts a head's rows are split into, for few queries: as many tasks as a head should have, but of no fewer
+/// than kPartRows rows.
 inline constexpr Index kPartRows = 1024;
 
-[[nodiscard]] constexpr Index most_parts(const LayerShape& shape) noexcept {
-  constexpr Index kTasks = 16;
-  return shape.kv_heads < 1 ? 1 : (kTasks - 1) / shape.kv_heads + 1;
-}
 [[nodiscard]] constexpr Index part_count(const LayerShape& shape, Index queries, Index rows) noexcept {
-  return queries > kFewQueries ? 1 : std::min(most_parts(shape), (rows - 1) / kPartRows + 1);
+  return queries > kFewQueries ? 1 : std::min(tasks_per_head(shape), (rows - 1) / kPartRows + 1);
 }
 
 /// What few queries have seen of a part of a head's rows: softmax sums, and sums of values not yet divided by them.
@@ -83,11 +79,11 @@ struct AttendPart {
 /// Memory of `attend`.
 struct AttendSpace {
   std::span<AttendScratch> scratch;  // [workers]
-  std::span<AttendPart> parts;       // [H][most_parts], none where that is 1
+  std::span<AttendPart> parts;       // [H][tasks_per_head], none where that is 1
 
   static AttendSpace take(Arena& arena, const LayerShape& shape, Index workers) noexcept {
     AttendSpace s;
-    const Index parts = most_parts(shape) > 1 ? shape.kv_heads * most_parts(shape) : 0;
+    const Index parts = tasks_per_head(shape) > 1 ? shape.kv_heads * tasks_per_head(shape) : 0;
     s.scratch = arena.take<AttendScratch>(workers);
     s.parts = arena.take<AttendPart>(parts);
     for (Index w = 0; w < workers; ++w) {
@@ -177,7 +173,8 @@ class AttendBlock {
   /// Memory has something to do while weights are made.
   void fetch_first_values(Index t, Index n) const noexcept {
     if constexpr (HasStoredRows<V>) {
-      if (few_) fetch<kAhead>(view_.stored_values(h_, t, n), 0);
+      const auto* values = view_.stored_values(h_, t, n);
+      if (few_ && values != nullptr) fetch<kAhead>(values, 0);
     }
   }
 

@@ -39,14 +39,12 @@ struct Lane {
   Index count = 1;
 };
 
-/// How many lanes a head's queries are split into, so that a layer with few heads has work for two or more workers:
-/// what is left of 16 tasks for a head, but no more than there are blocks. Not a matter of how many workers there are,
-/// so that sums are the same bits for each number of them.
+/// How many lanes a head's queries are split into: as many tasks as a head should have, but no more than there are
+/// blocks.
 [[nodiscard]] constexpr Index lane_count(const LayerShape& shape, Index queries) noexcept {
-  constexpr Index kTasks = 16;
   const Index all = product({queries, shape.group_size});
-  if (all < 1 || shape.kv_heads < 1) return 1;
-  return std::min((kTasks - 1) / shape.kv_heads + 1, (all - 1) / kQueryTile + 1);
+  if (all < 1) return 1;
+  return std::min(tasks_per_head(shape), (all - 1) / kQueryTile + 1);
 }
 
 /// Column sums of all lanes but the first, [H][lanes - 1][C][rows].

@@ -14,6 +14,13 @@ namespace kvfold::detail {
 
 [[nodiscard]] constexpr std::size_t at(Index i) noexcept { return static_cast<std::size_t>(i); }
 
+/// How many tasks a head's work is split into, so that a layer with few heads has some for several workers: what is left
+/// of 16 for a head. Not a matter of how many workers there are, so that results are the same bits for each number of them.
+[[nodiscard]] constexpr Index tasks_per_head(const LayerShape& shape) noexcept {
+  constexpr Index kTasks = 16;
+  return shape.kv_heads < 1 ? 1 : (kTasks - 1) / shape.kv_heads + 1;
+}
+
 /// Rows [t, t + n) of head h as n * D consecutive floats: in place where the view can, else converted into `scratch`.
 template <KVCacheView V>
 [[nodiscard]] const float* key_tile(const V& view, Index h, Index t, Index n, std::span<float> scratch) noexcept {
