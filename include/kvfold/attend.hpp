@@ -10,7 +10,9 @@
 #include "kvfold/detail/arena.hpp"
 #include "kvfold/detail/few_rows.hpp"
 #include "kvfold/detail/linalg.hpp"
+#include "kvfold/detail/panel_products.hpp"
 #include "kvfold/detail/rows.hpp"
+#include "kvfold/detail/softmax.hpp"
 #include "kvfold/evidence/query_rows.hpp"
 #include "kvfold/exec/executor.hpp"
 

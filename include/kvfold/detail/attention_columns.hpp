@@ -8,7 +8,9 @@
 #include "kvfold/detail/arena.hpp"
 #include "kvfold/detail/extent.hpp"
 #include "kvfold/detail/linalg.hpp"
+#include "kvfold/detail/panel_products.hpp"
 #include "kvfold/detail/rows.hpp"
+#include "kvfold/detail/softmax.hpp"
 #include "kvfold/evidence/query_rows.hpp"
 
 namespace kvfold::detail {

@@ -11,30 +11,12 @@
 #include <cstring>
 #include <utility>
 
+#include "kvfold/detail/lanes.hpp"
 #include "kvfold/detail/row_codec.hpp"
 #include "kvfold/detail/wide_loads.hpp"
 #include "kvfold/types.hpp"
 
 namespace kvfold::detail {
-
-using LanesInMemory [[gnu::vector_size(kLanes * sizeof(float)), gnu::aligned(alignof(float)), gnu::may_alias]] = float;
-
-/// Neither needs aligned memory.
-[[nodiscard]] inline Lanes load_lanes(const float* from) noexcept {
-  return *reinterpret_cast<const LanesInMemory*>(from);
-}
-inline void store_lanes(Lanes x, float* to) noexcept { *reinterpret_cast<LanesInMemory*>(to) = x; }
-
-/// x, in a register: keeps compilers from reading it again from memory for each use, which takes longer than the
-/// arithmetic.
-[[nodiscard]] inline Lanes in_register(Lanes x) noexcept {
-#if defined(__SSE2__)
-  asm("" : "+x"(x));
-#elif defined(__aarch64__)
-  asm("" : "+w"(x));
-#endif
-  return x;
-}
 
 /// Whether rows of E can be read by `load_lanes_of`.
 template <Stored E>

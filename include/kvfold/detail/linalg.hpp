@@ -26,23 +26,6 @@ inline constexpr Index kKeyTile = 128;
 inline constexpr Index kQueryTile = 64;
 inline constexpr Index kDepthTile = 256;
 
-/// c = a * b^T for a [m][k], b [n][k], c [m][n], all row-major with the given row
-/// strides; m <= kQueryTile or n <= kQueryTile, both <= kKeyTile.
-inline void multiply_transposed(const float* a, Index a_stride, Index m, const float* b, Index b_stride, Index n,
-                                Index k, float* c, Index c_stride) noexcept {
-  Rows out(c, m, n, Eigen::OuterStride<>(c_stride));
-  for (Index first = 0; first < k; first += kDepthTile) {
-    const Index depth = std::min(kDepthTile, k - first);
-    const ConstRows left(a + first, m, depth, Eigen::OuterStride<>(a_stride));
-    const ConstRows right(b + first, n, depth, Eigen::OuterStride<>(b_stride));
-    if (first == 0) {
-      out.noalias() = left * right.transpose();
-    } else {
-      out.noalias() += left * right.transpose();
-    }
-  }
-}
-
 /// c += a * b, for a [m][k], b [k][n], c [m][n], row-major with the given row strides; k <= kKeyTile, m <= kQueryTile.
 inline void add_product(const float* a, Index a_stride, Index m, const float* b, Index b_stride, Index k, Index n,
                         float* c, Index c_stride) noexcept {
@@ -90,31 +73,6 @@ inline void places_above(const float* x, Index n, float least, RowId* places) no
     *places = static_cast<RowId>(i);
     places += x[i] > least ? 1 : 0;
   }
-}
-
-/// x = exp(x - shift); \returns the sum.
-inline float exp_shifted(float* x, Index n, float shift) noexcept {
-  Floats v(x, n);
-  v = (v - shift).exp();
-  return v.sum();
-}
-
-/// What is known of n softmax rows: maxima so far, and sums of exp(logit - maximum). Rows of which nothing is known
-/// have a maximum of `kNoMax` and a sum of 0. All of it aligned as an `Arena` does: exps of unaligned numbers depend on
-/// the address.
-inline constexpr float kNoMax = std::numeric_limits<float>::lowest();
-
-/// Takes the maxima and sums of one more tile in.
-inline void join_softmax(const float* tile_max, const float* tile_sum, Index n, float* max, float* sum) noexcept {
-  const ConstFloats new_max(tile_max, n), new_sum(tile_sum, n);
-  Floats m(max, n), s(sum, n);
-  s = s * (m - m.max(new_max)).exp() + new_sum * (new_max - m.max(new_max)).exp();
-  m = m.max(new_max);
-}
-
-/// factor = scale * exp(x - max), for n rows.
-inline void exp_factors(const float* x, const float* max, const float* scale, Index n, float* factor) noexcept {
-  Floats(factor, n) = ConstFloats(scale, n) * (ConstFloats(x, n) - ConstFloats(max, n)).exp();
 }
 
 inline void scale(float* x, Index n, float factor) noexcept { Floats(x, n) *= factor; }

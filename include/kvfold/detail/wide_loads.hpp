@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kvfold/detail/lanes.hpp"
 #include "kvfold/types.hpp"
 
 #if defined(__AVX2__) && defined(__F16C__)
@@ -20,17 +21,6 @@
 #endif
 
 namespace kvfold::detail {
-
-#if defined(__AVX512F__)
-inline constexpr Index kLanes = 16;
-#elif defined(__AVX__)
-inline constexpr Index kLanes = 8;
-#else
-inline constexpr Index kLanes = 4;
-#endif
-
-/// As many floats as the target's registers hold: a vector type of g++ and clang, which they have on every target.
-using Lanes [[gnu::vector_size(kLanes * sizeof(float))]] = float;
 
 #if defined(__AVX2__) && defined(__F16C__)
 

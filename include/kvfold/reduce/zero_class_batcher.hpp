@@ -7,6 +7,7 @@
 
 #include "kvfold/detail/arena.hpp"
 #include "kvfold/detail/linalg.hpp"
+#include "kvfold/detail/panel_products.hpp"
 #include "kvfold/detail/rope.hpp"
 #include "kvfold/detail/rows.hpp"
 #include "kvfold/exec/executor.hpp"

@@ -1,0 +1,85 @@
+/// \file
+/// A register of floats, of g++'s and clang's vector types, which exist on every target.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kvfold/types.hpp"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace kvfold::detail {
+
+#if defined(__AVX512F__)
+inline constexpr Index kLanes = 16;
+#elif defined(__AVX__)
+inline constexpr Index kLanes = 8;
+#else
+inline constexpr Index kLanes = 4;
+#endif
+
+/// As many floats as the target's registers hold: a vector type of g++ and clang, which they have on every target.
+using Lanes [[gnu::vector_size(kLanes * sizeof(float))]] = float;
+
+using LanesInMemory [[gnu::vector_size(kLanes * sizeof(float)), gnu::aligned(alignof(float)), gnu::may_alias]] = float;
+
+/// Neither needs aligned memory.
+[[nodiscard]] inline Lanes load_lanes(const float* from) noexcept {
+  return *reinterpret_cast<const LanesInMemory*>(from);
+}
+inline void store_lanes(Lanes x, float* to) noexcept { *reinterpret_cast<LanesInMemory*>(to) = x; }
+
+/// x, in a register, of which compilers know nothing: they neither read it again from memory for each use, which takes
+/// longer than the arithmetic, nor rearrange arithmetic over it.
+[[nodiscard]] inline Lanes in_register(Lanes x) noexcept {
+#if defined(__SSE2__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
+/// The larger and the smaller of each two, x where they do not compare. g++ does not find the instructions for this.
+#if defined(__AVX512F__)
+[[nodiscard]] inline Lanes larger(Lanes x, Lanes y) noexcept { return _mm512_max_ps(y, x); }
+[[nodiscard]] inline Lanes smaller(Lanes x, Lanes y) noexcept { return _mm512_min_ps(y, x); }
+#elif defined(__AVX__)
+[[nodiscard]] inline Lanes larger(Lanes x, Lanes y) noexcept { return _mm256_max_ps(y, x); }
+[[nodiscard]] inline Lanes smaller(Lanes x, Lanes y) noexcept { return _mm256_min_ps(y, x); }
+#elif defined(__SSE2__)
+[[nodiscard]] inline Lanes larger(Lanes x, Lanes y) noexcept { return _mm_max_ps(y, x); }
+[[nodiscard]] inline Lanes smaller(Lanes x, Lanes y) noexcept { return _mm_min_ps(y, x); }
+#else
+[[nodiscard]] inline Lanes larger(Lanes x, Lanes y) noexcept { return x < y ? y : x; }
+[[nodiscard]] inline Lanes smaller(Lanes x, Lanes y) noexcept { return x > y ? y : x; }
+#endif
+
+[[nodiscard]] inline float sum_of_lanes(Lanes x) noexcept {
+  float part[kLanes];
+  store_lanes(x, part);
+  for (Index half = kLanes / 2; half > 0; half /= 2) {
+    for (Index i = 0; i < half; ++i) part[i] += part[half + i];
+  }
+  return part[0];
+}
+
+/// The first `count` lanes, 1 to kLanes of them, and a number in the others.
+[[nodiscard]] inline Lanes load_first_lanes(const float* from, Index count, float others) noexcept {
+  if (count == kLanes) return load_lanes(from);  // a constant count is no call
+  float x[kLanes];
+  std::fill_n(x, kLanes, others);
+  std::copy_n(from, count, x);
+  return load_lanes(x);
+}
+inline void store_first_lanes(Lanes x, Index count, float* to) noexcept {
+  if (count == kLanes) return store_lanes(x, to);
+  float all[kLanes];
+  store_lanes(x, all);
+  std::copy_n(all, count, to);
+}
+
+}  // namespace kvfold::detail

@@ -1,0 +1,153 @@
+/// \file
+/// Products of a block of rows (queries, candidates) with stored ones, for blocks too small to pay for what general matrix
+/// products do first: Eigen's copies and rearranges both operands, which took a third of the time of scoring.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "kvfold/detail/lanes.hpp"
+#include "kvfold/types.hpp"
+
+namespace kvfold::detail {
+
+/// Rows of b in a panel: so many products at a time for each of `kPanelHeight` rows of a, in registers.
+inline constexpr Index kPanelWidth = 2 * kLanes, kPanelHeight = 6;
+inline constexpr Index kPanelDepth = 256;  ///< columns of a panel, which stays in the first cache
+
+/// Lanes of x and y in turn, within each group of four: of the lower two lanes, or of the upper ones.
+template <bool kUpper, std::size_t... i>
+[[nodiscard, gnu::always_inline]] inline Lanes interleave(Lanes x, Lanes y, std::index_sequence<i...>) noexcept {
+  constexpr auto source = [](Index lane) { return lane % 2 * kLanes + lane / 4 * 4 + lane % 4 / 2 + 2 * kUpper; };
+  return __builtin_shufflevector(x, y, static_cast<int>(source(i))...);
+}
+
+/// Two lanes of x and two of y, within each group of four.
+template <bool kUpper, std::size_t... i>
+[[nodiscard, gnu::always_inline]] inline Lanes join_pairs(Lanes x, Lanes y, std::index_sequence<i...>) noexcept {
+  constexpr auto source = [](Index lane) { return lane % 4 / 2 * kLanes + lane / 4 * 4 + lane % 2 + 2 * kUpper; };
+  return __builtin_shufflevector(x, y, static_cast<int>(source(i))...);
+}
+
+/// Four floats of every fourth of kLanes rows.
+template <std::size_t kCount = kLanes>
+[[nodiscard, gnu::always_inline]] inline auto load_fours(const float* from, Index stride) noexcept {
+  if constexpr (kCount == 4) {
+    using Four [[gnu::vector_size(16), gnu::aligned(alignof(float)), gnu::may_alias]] = float;
+    return *reinterpret_cast<const Four*>(from);
+  } else {
+    constexpr std::size_t kHalf = kCount / 2;
+    const auto low = load_fours<kHalf>(from, stride);
+    const auto high = load_fours<kHalf>(from + static_cast<Index>(kHalf) * stride, stride);
+    return [&]<std::size_t... i>(std::index_sequence<i...>) {
+      return __builtin_shufflevector(low, high, static_cast<int>(i)...);
+    }
+    (std::make_index_sequence<kCount>{});
+  }
+}
+
+/// Elements d to d + 3 of kLanes rows: to[0] is element d of all, to + kPanelWidth element d + 1.
+[[gnu::always_inline]] inline void transpose_four(const float* rows, Index stride, float* to) noexcept {
+  constexpr auto kIndices = std::make_index_sequence<kLanes>{};
+  const Lanes r0 = load_fours(rows, stride), r1 = load_fours(rows + stride, stride),
+              r2 = load_fours(rows + 2 * stride, stride), r3 = load_fours(rows + 3 * stride, stride);
+  const Lanes low01 = interleave<false>(r0, r1, kIndices), high01 = interleave<true>(r0, r1, kIndices);
+  const Lanes low23 = interleave<false>(r2, r3, kIndices), high23 = interleave<true>(r2, r3, kIndices);
+  store_lanes(join_pairs<false>(low01, low23, kIndices), to);
+  store_lanes(join_pairs<true>(low01, low23, kIndices), to + kPanelWidth);
+  store_lanes(join_pairs<false>(high01, high23, kIndices), to + 2 * kPanelWidth);
+  store_lanes(join_pairs<true>(high01, high23, kIndices), to + 3 * kPanelWidth);
+}
+
+/// Columns [0, depth) of `count` rows as a panel, [depth][kPanelWidth]; rows that there are not are 0.
+inline void make_panel(const float* rows, Index stride, Index count, Index depth, float* panel) noexcept {
+  Index d = 0;
+  if (count == kPanelWidth) {
+    for (; d + 4 <= depth; d += 4) {
+      for (Index j = 0; j < kPanelWidth; j += kLanes) {
+        transpose_four(rows + j * stride + d, stride, panel + d * kPanelWidth + j);
+      }
+    }
+  }
+  for (; d < depth; ++d) {
+    float* to = panel + d * kPanelWidth;
+    for (Index j = 0; j < count; ++j) to[j] = rows[j * stride + d];
+    std::fill(to + count, to + kPanelWidth, 0.f);
+  }
+}
+
+/// kRows rows of a times a panel, written to c or added to it.
+template <Index kRows>
+void multiply_panel(const float* a, Index a_stride, const float* panel, Index depth, bool add, float* c,
+                    Index c_stride) noexcept {
+  Lanes sums[kPanelHeight][2] = {};
+  for (Index d = 0; d < depth; ++d) {
+    const Lanes x = load_lanes(panel + d * kPanelWidth), y = load_lanes(panel + d * kPanelWidth + kLanes);
+    for (Index i = 0; i < kRows; ++i) {
+      sums[i][0] = a[i * a_stride + d] * x + sums[i][0];
+      sums[i][1] = a[i * a_stride + d] * y + sums[i][1];
+    }
+  }
+  for (Index i = 0; i < kRows; ++i) {
+    float* to = c + i * c_stride;
+    store_lanes(add ? load_lanes(to) + sums[i][0] : sums[i][0], to);
+    store_lanes(add ? load_lanes(to + kLanes) + sums[i][1] : sums[i][1], to + kLanes);
+  }
+}
+
+/// Calls f with a constant of 1 to kMost.
+template <Index kMost, class F>
+void with_constant(Index n, F f) noexcept {
+  if constexpr (kMost > 1) {
+    if (n < kMost) return with_constant<kMost - 1>(n, f);
+  }
+  f(std::integral_constant<Index, kMost>{});
+}
+
+/// Asks for a share of `bytes` that will be read soon, cache lines [lines * i / n, lines * (i + 1) / n) of them; harmless
+/// where nothing is. A little at a time: what is asked for all at once is waited for.
+inline void fetch_share(const float* from, Index bytes, Index i, Index n) noexcept {
+  constexpr Index kLine = 64;
+  const Index lines = (bytes - 1) / kLine + 1;
+  const auto address = reinterpret_cast<std::uintptr_t>(from);
+  for (Index line = lines * i / n; line < lines * (i + 1) / n; ++line) {
+    __builtin_prefetch(reinterpret_cast<const void*>(address + static_cast<std::uintptr_t>(line * kLine)));
+  }
+}
+
+/// c = a * b^T for a [m][k], b [n][k], c [m][n], all row-major with the given row strides.
+inline void multiply_transposed(const float* a, Index a_stride, Index m, const float* b, Index b_stride, Index n,
+                                Index k, float* c, Index c_stride) noexcept {
+  alignas(64) float panel[kPanelDepth * kPanelWidth], products[kPanelHeight * kPanelWidth];
+  const Index groups = (m - 1) / kPanelHeight + 1;
+  for (Index j = 0; j < n; j += kPanelWidth) {
+    const Index width = std::min(kPanelWidth, n - j);
+    for (Index first = 0; first < k; first += kPanelDepth) {
+      const Index depth = std::min(kPanelDepth, k - first);
+      make_panel(b + j * b_stride + first, b_stride, width, depth, panel);
+      for (Index group = 0; group < groups; ++group) {
+        const Index i = group * kPanelHeight;
+        if (first == 0 && b_stride == k) {  // the rows of the next panel, or of the next tile
+          fetch_share(b + (j + kPanelWidth) * b_stride, kPanelWidth * k * static_cast<Index>(sizeof(float)), group,
+                      groups);
+        }
+        with_constant<kPanelHeight>(std::min(kPanelHeight, m - i), [&](auto height) {
+          const float* rows = a + i * a_stride + first;
+          float* to = c + i * c_stride + j;
+          if (width == kPanelWidth) {
+            return multiply_panel<height()>(rows, a_stride, panel, depth, first > 0, to, c_stride);
+          }
+          multiply_panel<height()>(rows, a_stride, panel, depth, false, products, kPanelWidth);
+          for (Index r = 0; r < height(); ++r) {
+            for (Index x = 0; x < width; ++x) {
+              float& sum = to[r * c_stride + x];
+              sum = products[r * kPanelWidth + x] + (first > 0 ? sum : 0.f);
+            }
+          }
+        });
+      }
+    }
+  }
+}
+
+}  // namespace kvfold::detail
