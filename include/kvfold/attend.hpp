@@ -38,7 +38,8 @@ inline constexpr Index kFewTile = 16;
 /// Scratch of one worker of `attend`.
 struct AttendScratch {
   std::span<float> queries;  // [kQueryTile][D]
-  std::span<float> keys;     // [kKeyTile][D]
+  RoundedRows rounded;       // [kFewQueries][D]
+  std::span<float> keys;     // [max(kPanelWidth, kFewTile)][D]
   std::span<float> values;   // [kKeyTile][E]
   std::span<float> weights;  // [kQueryTile][kKeyTile] or [kFewQueries][kFewKeys]
   std::span<float> out;      // [kQueryTile][E]
@@ -47,7 +48,8 @@ struct AttendScratch {
   static AttendScratch take(Arena& arena, const LayerShape& shape) noexcept {
     AttendScratch s;
     s.queries = arena.take<float>(kQueryTile, shape.key_dim);
-    s.keys = arena.take<float>(kKeyTile, shape.key_dim);
+    s.rounded = RoundedRows::take(arena, kFewQueries, shape.key_dim);
+    s.keys = arena.take<float>(std::max(kPanelWidth, kFewTile), shape.key_dim);
     s.values = arena.take<float>(kKeyTile, shape.value_dim);
     s.weights = arena.take<float>(std::max(kQueryTile * kKeyTile, kFewQueries * kFewKeys));
     s.out = arena.take<float>(kQueryTile, shape.value_dim);
@@ -158,6 +160,11 @@ class AttendBlock {
       sum_[r] = 0.f;
     }
     scale(s_.queries.data(), count * shape_.key_dim, queries_.logit_scale());
+    if constexpr (kKeysAreBytes) {
+      for (Index r = 0; few_ && r < count; ++r) {
+        s_.rounded.set(r, s_.queries.data() + r * shape_.key_dim, shape_.key_dim);
+      }
+    }
     std::fill_n(s_.out.begin(), count * shape_.value_dim, 0.f);
   }
 
@@ -183,14 +190,20 @@ class AttendBlock {
   void set_logits(Index t, Index n) noexcept {
     const Index width = shape_.key_dim;
     if (!few_) {
-      return multiply_transposed(s_.queries.data(), width, count_, key_tile(view_, h_, t, n, s_.keys), width, n, width,
-                                 s_.weights.data(), tile_);
+      return multiply_keys(s_.queries.data(), count_, view_, h_, t, n, s_.keys, s_.weights.data(), tile_);
     }
-    const auto dots = [&](const auto* keys, Index first, Index m) {
+    const auto dots = [&](const float* keys, Index first, Index m) {
       few_dots(s_.queries.data(), width, count_, keys, m, width, s_.weights.data() + first, tile_);
     };
     if constexpr (HasStoredRows<V>) {
-      if (read_in_lanes(view_.stored_keys(h_, t, n), [&](const auto* keys) { dots(keys, 0, n); })) return;
+      const auto stored_dots = [&](const auto* keys) {
+        if constexpr (kKeysAreBytes) {
+          few_dots(s_.rounded, count_, keys, n, width, s_.weights.data(), tile_);
+        } else {
+          few_dots(s_.queries.data(), width, count_, keys, n, width, s_.weights.data(), tile_);
+        }
+      };
+      if (read_in_lanes(view_.stored_keys(h_, t, n), stored_dots)) return;
     }
     for (Index first = 0; first < n; first += kFewTile) {
       const Index m = std::min(kFewTile, n - first);
@@ -215,6 +228,15 @@ class AttendBlock {
       add(value_tile(view_, h_, t + first, m, s_.values), first, m);
     }
   }
+
+  /// Whether keys are multiplied as the bytes that they are stored in, with rounded queries.
+  static constexpr bool kKeysAreBytes = [] {
+    if constexpr (HasStoredRows<V>) {
+      using E = std::remove_cvref_t<decltype(*std::declval<const V&>().stored_keys(0, 0, 0))>;
+      return std::same_as<E, BlockQ8_0> && kHasLanes<BlockQ8_0>;
+    }
+    return false;
+  }();
 
   /// Calls f(rows) where there are rows and they can be converted in registers. \returns whether it did.
   template <Stored E, class F>

@@ -1,6 +1,5 @@
 #include <kvfold/detail/linalg.hpp>
 
-#include <cmath>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -45,26 +44,6 @@ TEST(AddRows, IsTheSumOfScaledRows) {
       EXPECT_NEAR(static_cast<double>(sum[static_cast<std::size_t>(j)]), wanted, 1e-5) << count;
     }
   }
-}
-
-TEST(JoinSoftmax, IsTheSoftmaxOfAllTiles) {
-  constexpr Index kRows = 3, kTiles = 4;
-  // The second row sees nothing until the third tile, the last nothing at all.
-  const float maxima[kTiles][kRows] = {
-      {1.f, kNoMax, kNoMax}, {200.f, kNoMax, kNoMax}, {-3.f, 5.f, kNoMax}, {199.f, 4.f, kNoMax}};
-  const float sums[kTiles][kRows] = {{2.f, 0.f, 0.f}, {1.5f, 0.f, 0.f}, {9.f, 1.f, 0.f}, {1.f, 3.f, 0.f}};
-  alignas(64) float max[kRows] = {kNoMax, kNoMax, kNoMax}, sum[kRows] = {}, factor[kRows] = {};
-  for (Index t = 0; t < kTiles; ++t) join_softmax(maxima[t], sums[t], kRows, max, sum);
-  EXPECT_EQ(max[0], 200.f);
-  EXPECT_NEAR(sum[0], 1.5f + std::exp(-1.f), 1e-6f);
-  EXPECT_EQ(max[1], 5.f);
-  EXPECT_NEAR(sum[1], 1.f + 3.f * std::exp(-1.f), 1e-6f);
-  EXPECT_EQ(sum[2], 0.f);
-  alignas(64) const float scale[kRows] = {2.f, 1.f, 0.f};
-  exp_factors(maxima[3], max, scale, kRows, factor);
-  EXPECT_NEAR(factor[0], 2.f * std::exp(-1.f), 1e-6f);
-  EXPECT_NEAR(factor[1], std::exp(-1.f), 1e-6f);
-  EXPECT_EQ(factor[2], 0.f);
 }
 
 }  // namespace

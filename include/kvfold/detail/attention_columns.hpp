@@ -85,7 +85,7 @@ struct LaneSums {
 /// Scratch of one worker for a `ColumnAccumulator`.
 struct ColumnScratch {
   std::span<float> queries;   // [kQueryTile][D]
-  std::span<float> keys;      // [kKeyTile][D]
+  std::span<float> keys;      // [kPanelWidth][D]
   std::span<float> weights;   // [tiles, or 1 where log-sum-exps are given][kQueryTile][kKeyTile]
   std::span<float> tile_max;  // [tiles][kQueryTile]
   std::span<float> partial;   // [kKeyTile]
@@ -94,7 +94,7 @@ struct ColumnScratch {
     const Index tiles = (rows + kKeyTile - 1) / kKeyTile;
     ColumnScratch s;
     s.queries = arena.take<float>(kQueryTile, dim);
-    s.keys = arena.take<float>(kKeyTile, dim);
+    s.keys = arena.take<float>(kPanelWidth, dim);
     s.weights = arena.take<float>(one_pass ? 1 : tiles, kQueryTile, kKeyTile);
     s.tile_max = arena.take<float>(one_pass ? 0 : tiles, kQueryTile);
     s.partial = arena.take<float>(kKeyTile);
@@ -182,8 +182,7 @@ class ColumnAccumulator {
   /// Logits of the block for rows [t, t + n) into a tile of weights. Tiles lie one after the other in memory: rows of a
   /// whole head's length would put a tile's rows a power of two apart, in the same few lines of the caches.
   Status logits(Index t, Index n, float* out) noexcept {
-    const float* keys = key_tile(view_, h_, t, n, s_.keys);
-    multiply_transposed(s_.queries.data(), dim_, count_, keys, dim_, n, dim_, out, kKeyTile);
+    multiply_keys(s_.queries.data(), count_, view_, h_, t, n, s_.keys, out, kKeyTile);
     if constexpr (HasLogMass<V>) add_log_masses(t, n, out);
     // A key that is not finite makes every logit in its column so: one row shows it.
     if (!all_finite(out, n)) return {StatusCode::not_finite, "keys", "has a NaN or an infinity", h_, t};

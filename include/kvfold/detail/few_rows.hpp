@@ -6,12 +6,16 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <concepts>
 #include <cstdint>
-#include <cstring>
+#include <limits>
+#include <span>
 #include <utility>
 
+#include "kvfold/detail/arena.hpp"
 #include "kvfold/detail/lanes.hpp"
+#include "kvfold/detail/linalg.hpp"
 #include "kvfold/detail/row_codec.hpp"
 #include "kvfold/detail/wide_loads.hpp"
 #include "kvfold/types.hpp"
@@ -23,7 +27,7 @@ template <Stored E>
 inline constexpr bool kHasLanes = std::same_as<E, float> || std::same_as<E, BFloat16> ||
                                   ((std::same_as<E, Float16> || std::same_as<E, BlockQ8_0>)&&kHasWideLoads);
 
-/// Elements [d, d + kLanes) from a unit on; those of blocks are of one.
+/// Elements [d, d + kLanes) from a unit on; those of blocks are of one, before they are scaled.
 template <Stored E>
 [[nodiscard]] Lanes load_lanes_of(const E* unit, Index d) noexcept {
   if constexpr (std::same_as<E, float>) {
@@ -33,18 +37,7 @@ template <Stored E>
   } else if constexpr (std::same_as<E, Float16>) {
     return load_f16_lanes(unit + d);
   } else {
-    return load_i8_lanes(unit->values.data() + d) * load_f16_in_all_lanes(unit->scale.bits);
-  }
-}
-
-/// Element d of a row.
-template <Stored E>
-[[nodiscard]] float load_element(const E* row, Index d) noexcept {
-  if constexpr (kInBlocks<E>) {
-    return factor_of(row[d / kUnit<E>].scale) *
-           static_cast<float>(row[d / kUnit<E>].values[static_cast<std::size_t>(d % kUnit<E>)]);
-  } else {
-    return to_float(row[d]);
+    return load_i8_lanes(unit->values.data() + d);
   }
 }
 
@@ -121,51 +114,117 @@ inline constexpr Index kMostFewRows = 4, kMostWidth = 8;  ///< of one pass of th
 /// Rows that `add_few` goes over several times, for a part of their columns each time: they stay in the first cache.
 inline constexpr Index kFewDepth = 16;
 
-/// `few_dots` for kRows rows of a, kLanes products at a time: kRows * kColumns sums of kLanes lanes are in registers.
+/// Products that `few_dots` has in registers at a time: those of kRows rows with so many others, kLanes in all.
+template <Index kRows>
+inline constexpr Index kFewColumns = kLanes / (kRows == 3 ? 4 : kRows);
+
+/// The rows of b from `first` on that are worked on at a time; where there are fewer, the last one again.
+template <Index kColumns, class E>
+struct FewColumns {
+  const E* row[kLanes];
+  Index count;
+
+  FewColumns(const E* b, Index units, Index first, Index n) noexcept : count(std::min(kColumns, n - first)) {
+    for (Index j = 0; j < kColumns; ++j) row[j] = b + (first + std::min(j, count - 1)) * units;
+  }
+  /// c = from, for one row of a.
+  void store(const float* from, float* c) const noexcept {
+    if (count == kColumns) {  // a constant count is no call
+      std::copy_n(from, kColumns, c);
+    } else {
+      for (Index j = 0; j < count; ++j) c[j] = from[j];
+    }
+  }
+};
+
+/// `few_dots` for kRows rows of a.
 template <Index kRows, Stored E>
 void few_dots_of(const float* a, Index a_stride, const E* b, Index n, Index k, float* c, Index c_stride) noexcept {
-  constexpr Index kColumns = kLanes / (kRows == 3 ? 4 : kRows), kStep = std::max(kUnit<E>, kLanes);
-  const Index units = row_units<E>(k);
+  constexpr Index kColumns = kFewColumns<kRows>;
   for (Index first = 0; first < n; first += kColumns) {
-    const Index count = std::min(kColumns, n - first);
-    const E* row[kLanes];  // of b; where there are fewer, the last one again
-    for (Index j = 0; j < kColumns; ++j) row[j] = b + (first + std::min(j, count - 1)) * units;
+    const FewColumns<kColumns, E> of(b, k, first, n);
     Lanes sums[kLanes] = {};
     Index d = 0;
-    for (; d + kStep <= k; d += kStep) {
-      fetch_ahead<bytes_of<E>(kColumns * kStep)>(row[0], bytes_of<E>(kColumns * d));
-      const E* unit[kLanes];
-      for (Index j = 0; j < kColumns; ++j) unit[j] = row[j] + d / kUnit<E>;
-#pragma GCC unroll 8
-      for (Index e = 0; e < kStep; e += kLanes) {
-        Lanes y[kLanes];
-        for (Index j = 0; j < kColumns; ++j) {
-          y[j] = load_lanes_of(unit[j], e);
-          if constexpr (kRows > 1) y[j] = in_register(y[j]);  // else it is used only once
-        }
-        for (Index i = 0; i < kRows; ++i) {
-          const Lanes x = in_register(load_lanes(a + i * a_stride + d + e));
-          for (Index j = 0; j < kColumns; ++j) sums[i * kColumns + j] = x * y[j] + sums[i * kColumns + j];
-        }
+    for (; d + kLanes <= k; d += kLanes) {
+      fetch_ahead<bytes_of<E>(kColumns * kLanes)>(of.row[0], bytes_of<E>(kColumns * d));
+      Lanes y[kLanes];
+      for (Index j = 0; j < kColumns; ++j) {
+        y[j] = load_lanes_of(of.row[j], d);
+        if constexpr (kRows > 1) y[j] = in_register(y[j]);  // else it is used only once
+      }
+      for (Index i = 0; i < kRows; ++i) {
+        const Lanes x = in_register(load_lanes(a + i * a_stride + d));
+        for (Index j = 0; j < kColumns; ++j) sums[i * kColumns + j] = x * y[j] + sums[i * kColumns + j];
       }
     }
     float out[kLanes];
     store_lanes(sums_of_each(sums), out);
     for (; d < k; ++d) {
       for (Index j = 0; j < kColumns; ++j) {
-        const float y = load_element(row[j], d);
+        const float y = to_float(of.row[j][d]);
         for (Index i = 0; i < kRows; ++i) out[i * kColumns + j] += a[i * a_stride + d] * y;
       }
     }
-    for (Index i = 0; i < kRows; ++i) {
-      const float* from = out + i * kColumns;
-      float* to = c + i * c_stride + first;
-      if (count == kColumns) {  // a constant count is no call
-        std::copy_n(from, kColumns, to);
-      } else {
-        for (Index j = 0; j < count; ++j) to[j] = from[j];
+    for (Index i = 0; i < kRows; ++i) of.store(out + i * kColumns, c + i * c_stride + first);
+  }
+}
+
+/// Rows rounded to 16 bits: element d of row i is `unit[i][d / 32] * value[i][d]`, to 2^-16 of the largest of the 32.
+/// Products with bytes are then of integers, and there are instructions for 16 of them at a time.
+struct RoundedRows {
+  std::span<std::int16_t> value;  // [rows][k]
+  std::span<float> unit;          // [rows][k / 32]
+
+  static RoundedRows take(Arena& arena, Index rows, Index k) noexcept {
+    RoundedRows r;
+    r.value = arena.take<std::int16_t>(rows, k);
+    r.unit = arena.take<float>(rows, k / kBlockSize);
+    return r;
+  }
+
+  /// A NaN or an infinity makes NaNs of the products with its 32.
+  void set(Index i, const float* row, Index k) const noexcept {
+    constexpr float kMost = 32767.f;
+    for (Index d = 0; d < k; d += kBlockSize) {
+      const bool finite = all_finite(row + d, kBlockSize);
+      const float largest = largest_magnitude(row + d, kBlockSize);
+      const float inverse = finite && largest > 1e-30f ? kMost / largest : 0.f;  // which else may overflow
+      for (Index e = d; e < d + kBlockSize; ++e) {
+        const float x = finite ? row[e] * inverse : 0.f;
+        const auto rounded = static_cast<std::int32_t>(x + std::copysign(0.5f, x));
+        value[static_cast<std::size_t>(i * k + e)] = static_cast<std::int16_t>(rounded);
+      }
+      unit[static_cast<std::size_t>((i * k + d) / kBlockSize)] =
+          finite ? largest / kMost : std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+};
+
+/// `few_dots` for kRows rows of a, from row `row` on.
+template <Index kRows>
+void few_dots_of(const RoundedRows& a, Index row, const BlockQ8_0* b, Index n, Index k, float* c,
+                 Index c_stride) noexcept {
+  constexpr Index kColumns = kFewColumns<kRows>, kBytes = bytes_of<BlockQ8_0>(kColumns * kBlockSize);
+  const Index units = k / kBlockSize;
+  const std::int16_t* value = a.value.data() + row * k;
+  const float* unit = a.unit.data() + row * units;
+  for (Index first = 0; first < n; first += kColumns) {
+    const FewColumns<kColumns, BlockQ8_0> of(b, units, first, n);
+    Lanes sums[kLanes] = {};
+    for (Index u = 0; u < units; ++u) {
+      fetch_ahead<kBytes>(of.row[0], u * kBytes);
+      for (Index j = 0; j < kColumns; ++j) {
+        const WideBytes y(of.row[j][u].values.data());
+        const Lanes scale = load_f16_in_all_lanes(of.row[j][u].scale.bits);
+        for (Index i = 0; i < kRows; ++i) {
+          const Lanes dots = y.dots(value + i * k + u * kBlockSize);
+          sums[i * kColumns + j] = dots * (unit[i * units + u] * scale) + sums[i * kColumns + j];
+        }
       }
     }
+    float out[kLanes];
+    store_lanes(sums_of_each(sums), out);
+    for (Index i = 0; i < kRows; ++i) of.store(out + i * kColumns, c + i * c_stride + first);
   }
 }
 
@@ -186,10 +245,19 @@ Index add_few_of(const float* a, Index a_stride, const E* b, Index k, Index n, f
     for (Index j = 0; j < k; ++j) {
       const E* row = b + j * units;
       fetch_ahead<bytes_of<E>(kWidth * kLanes)>(row, bytes_of<E>(first));
+      Lanes factor[kMostFewRows] = {};  // of blocks
       for (Index x = 0; x < kWidth; ++x) {
         const E* unit = row + first / kUnit<E> + (kWholeUnits ? x * kLanes / kUnit<E> : 0);
         const Lanes y = load_lanes_of(unit, in_unit + x * kLanes % kUnit<E>);
-        for (Index i = 0; i < kRows; ++i) sums[i][x] = a[i * a_stride + j] * y + sums[i][x];
+        if constexpr (kInBlocks<E>) {
+          if (x * kLanes % kUnit<E> == 0) {
+            const Lanes scale = load_f16_in_all_lanes(unit->scale.bits);
+            for (Index i = 0; i < kRows; ++i) factor[i] = a[i * a_stride + j] * scale;
+          }
+          for (Index i = 0; i < kRows; ++i) sums[i][x] = factor[i] * y + sums[i][x];
+        } else {
+          for (Index i = 0; i < kRows; ++i) sums[i][x] = a[i * a_stride + j] * y + sums[i][x];
+        }
       }
     }
     for (Index i = 0; i < kRows; ++i) {
@@ -205,10 +273,12 @@ void add_few_of(const float* a, Index a_stride, const E* b, Index k, Index n, fl
   constexpr Index kWidth = std::min(kMostWidth, static_cast<Index>(std::bit_floor(kFits)));
   Index first = add_few_of<kRows, kWidth>(a, a_stride, b, k, n, c, c_stride, 0);
   first = add_few_of<kRows, 1>(a, a_stride, b, k, n, c, c_stride, first);
-  for (; first < n; ++first) {
-    for (Index j = 0; j < k; ++j) {
-      const float y = load_element(b + j * row_units<E>(n), first);
-      for (Index i = 0; i < kRows; ++i) c[i * c_stride + first] += a[i * a_stride + j] * y;
+  if constexpr (!kInBlocks<E>) {  // of which there are whole ones
+    for (; first < n; ++first) {
+      for (Index j = 0; j < k; ++j) {
+        const float y = to_float(b[j * n + first]);
+        for (Index i = 0; i < kRows; ++i) c[i * c_stride + first] += a[i * a_stride + j] * y;
+      }
     }
   }
 }
@@ -230,6 +300,12 @@ void few_dots(const float* a, Index a_stride, Index m, const E* b, Index n, Inde
   for_few_rows(m, [&](Index i, auto rows) {
     few_dots_of<rows()>(a + i * a_stride, a_stride, b, n, k, c + i * c_stride, c_stride);
   });
+}
+
+/// The same for rounded rows of a, and rows of b in blocks of bytes.
+inline void few_dots(const RoundedRows& a, Index m, const BlockQ8_0* b, Index n, Index k, float* c,
+                     Index c_stride) noexcept {
+  for_few_rows(m, [&](Index i, auto rows) { few_dots_of<rows()>(a, i, b, n, k, c + i * c_stride, c_stride); });
 }
 
 /// c += a * b for a [m][k] and c [m][n] with the given row strides, b [k][n] stored without gaps.

@@ -67,6 +67,15 @@ inline void store_lanes(Lanes x, float* to) noexcept { *reinterpret_cast<LanesIn
   return part[0];
 }
 
+/// The largest of |x|, for whole registers of finite numbers.
+[[nodiscard]] inline float largest_magnitude(const float* x, Index n) noexcept {
+  Lanes most = {};
+  for (Index i = 0; i < n; i += kLanes) most = larger(most, larger(load_lanes(x + i), -load_lanes(x + i)));
+  float part[kLanes];
+  store_lanes(most, part);
+  return *std::max_element(part, part + kLanes);
+}
+
 /// The first `count` lanes, 1 to kLanes of them, and a number in the others.
 [[nodiscard]] inline Lanes load_first_lanes(const float* from, Index count, float others) noexcept {
   if (count == kLanes) return load_lanes(from);  // a constant count is no call

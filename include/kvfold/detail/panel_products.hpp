@@ -4,10 +4,15 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <span>
+#include <type_traits>
 #include <utility>
 
 #include "kvfold/detail/lanes.hpp"
-#include "kvfold/types.hpp"
+#include "kvfold/detail/row_codec.hpp"
+#include "kvfold/detail/rows.hpp"
+#include "kvfold/view/concepts.hpp"
 
 namespace kvfold::detail {
 
@@ -104,33 +109,36 @@ void with_constant(Index n, F f) noexcept {
   f(std::integral_constant<Index, kMost>{});
 }
 
-/// Asks for a share of `bytes` that will be read soon, cache lines [lines * i / n, lines * (i + 1) / n) of them; harmless
-/// where nothing is. A little at a time: what is asked for all at once is waited for.
-inline void fetch_share(const float* from, Index bytes, Index i, Index n) noexcept {
-  constexpr Index kLine = 64;
-  const Index lines = (bytes - 1) / kLine + 1;
-  const auto address = reinterpret_cast<std::uintptr_t>(from);
-  for (Index line = lines * i / n; line < lines * (i + 1) / n; ++line) {
-    __builtin_prefetch(reinterpret_cast<const void*>(address + static_cast<std::uintptr_t>(line * kLine)));
+/// What is read after the operands of a product, to be asked for meanwhile: `bytes` from `offset` bytes after an address.
+/// Harmless where nothing is.
+struct Ahead {
+  const void* address = nullptr;
+  Index offset = 0, bytes = 0;
+
+  /// Part i of n: a little at a time, since what is asked for all at once is waited for.
+  void fetch(Index i, Index n) const noexcept {
+    constexpr Index kLine = 64;
+    const Index lines = (bytes + kLine - 1) / kLine;
+    const auto first = reinterpret_cast<std::uintptr_t>(address) + static_cast<std::uintptr_t>(offset);
+    for (Index line = lines * i / n; line < lines * (i + 1) / n; ++line) {
+      __builtin_prefetch(reinterpret_cast<const void*>(first + static_cast<std::uintptr_t>(line * kLine)));
+    }
   }
-}
+};
 
 /// c = a * b^T for a [m][k], b [n][k], c [m][n], all row-major with the given row strides.
 inline void multiply_transposed(const float* a, Index a_stride, Index m, const float* b, Index b_stride, Index n,
-                                Index k, float* c, Index c_stride) noexcept {
+                                Index k, float* c, Index c_stride, Ahead ahead = {}) noexcept {
   alignas(64) float panel[kPanelDepth * kPanelWidth], products[kPanelHeight * kPanelWidth];
-  const Index groups = (m - 1) / kPanelHeight + 1;
+  const Index groups = (m + kPanelHeight - 1) / kPanelHeight;
   for (Index j = 0; j < n; j += kPanelWidth) {
     const Index width = std::min(kPanelWidth, n - j);
     for (Index first = 0; first < k; first += kPanelDepth) {
       const Index depth = std::min(kPanelDepth, k - first);
       make_panel(b + j * b_stride + first, b_stride, width, depth, panel);
       for (Index group = 0; group < groups; ++group) {
+        if (j + first == 0) ahead.fetch(group, groups);
         const Index i = group * kPanelHeight;
-        if (first == 0 && b_stride == k) {  // the rows of the next panel, or of the next tile
-          fetch_share(b + (j + kPanelWidth) * b_stride, kPanelWidth * k * static_cast<Index>(sizeof(float)), group,
-                      groups);
-        }
         with_constant<kPanelHeight>(std::min(kPanelHeight, m - i), [&](auto height) {
           const float* rows = a + i * a_stride + first;
           float* to = c + i * c_stride + j;
@@ -147,6 +155,31 @@ inline void multiply_transposed(const float* a, Index a_stride, Index m, const f
         });
       }
     }
+  }
+}
+
+/// What lies in memory after the keys of rows [t, t + n), as much as they are, where the view tells.
+template <KVCacheView V>
+[[nodiscard]] Ahead keys_after(const V& view, Index h, Index t, Index n) noexcept {
+  if constexpr (HasStoredRows<V>) {
+    const auto* rows = view.stored_keys(h, t, n);
+    using E = std::remove_cvref_t<decltype(*rows)>;
+    const Index bytes = n * row_units<E>(view.shape().key_dim) * static_cast<Index>(sizeof(E));
+    if (rows != nullptr) return {rows, bytes, bytes};
+  }
+  return {};
+}
+
+/// c = a * keys^T for a [m][D], keys [t, t + n) of head h, c [m][n] with a row stride. Keys that are not stored as floats
+/// are converted a panel at a time. \param scratch [kPanelWidth][D]
+template <KVCacheView V>
+void multiply_keys(const float* a, Index m, const V& view, Index h, Index t, Index n, std::span<float> scratch,
+                   float* c, Index c_stride) noexcept {
+  const Index width = view.shape().key_dim;
+  for (Index j = 0; j < n; j += kPanelWidth) {
+    const Index count = std::min(kPanelWidth, n - j);
+    const float* keys = key_tile(view, h, t + j, count, scratch);
+    multiply_transposed(a, width, m, keys, width, count, width, c + j, c_stride, keys_after(view, h, t + j, count));
   }
 }
 

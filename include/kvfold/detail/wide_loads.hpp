@@ -127,6 +127,30 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 #endif
 }
 
+/// 32 signed bytes, to be multiplied by numbers of 16 bits.
+class WideBytes {
+ public:
+  explicit WideBytes(const void* from) noexcept {
+    const auto* bytes = static_cast<const unsigned char*>(from);
+    low_ = _mm256_cvtepi8_epi16(load_16_bytes(bytes));
+    high_ = _mm256_cvtepi8_epi16(load_16_bytes(bytes + 16));
+  }
+
+  /// Sums of 32 / kLanes products each. Exact: they are below 2^24 unless a number is -2^15.
+  [[nodiscard]] Lanes dots(const std::int16_t* by) const noexcept {
+    const __m256i low = _mm256_madd_epi16(low_, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(by)));
+    const __m256i high = _mm256_madd_epi16(high_, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(by + 16)));
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+#else
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(low, high));
+#endif
+  }
+
+ private:
+  __m256i low_, high_;
+};
+
 /// One fp16 number, kLanes times.
 [[nodiscard]] inline Lanes load_f16_in_all_lanes(std::uint16_t number) noexcept {
   const auto bits = static_cast<std::int16_t>(number);
@@ -150,9 +174,13 @@ inline constexpr bool kHasWideLoads = false;
   return std::bit_cast<Lanes>(__builtin_convertvector(halves, Words) << 16);
 }
 
-Lanes load_f16_lanes(const void* from) noexcept;  // these three only where there are wide loads
+Lanes load_f16_lanes(const void* from) noexcept;  // these only where there are wide loads
 Lanes load_i8_lanes(const void* from) noexcept;
 Lanes load_f16_in_all_lanes(std::uint16_t number) noexcept;
+struct WideBytes {
+  explicit WideBytes(const void* from) noexcept;
+  [[nodiscard]] Lanes dots(const std::int16_t* by) const noexcept;
+};
 float wide_f16(std::uint16_t bits) noexcept;
 inline Index load_wide_f16(const void*, Index, float*) noexcept { return 0; }
 inline Index store_wide_f16(const float*, Index, void*) noexcept { return 0; }
