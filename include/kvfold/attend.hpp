@@ -4,8 +4,11 @@
 
 #include <bit>
 #include <cmath>
+#include <concepts>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 #include "kvfold/detail/arena.hpp"
 #include "kvfold/detail/few_rows.hpp"
@@ -28,7 +31,7 @@ struct AttentionOutput {
 
 namespace detail {
 
-/// Query rows up to which `few_dots` and `add_few` are as fast as Eigen's products; rows of the cache that they go over
+/// Query rows up to which `few_dots` and `add_few` are as fast as products of blocks; rows of the cache that they go over
 /// at a time, keys first and values next, so that memory is read in long pieces; and rows that are converted at a time
 /// where that is not done in registers.
 inline constexpr Index kFewQueries = 16;
@@ -320,6 +323,8 @@ class AttendBlock {
 ///
 /// A query sees the rows of its KV head whose position is at most its own: causal among new rows whose keys are in the cache
 /// already. This is what an engine without ragged heads needs to use a compressed cache; the tests hold plans against it.
+/// Where keys are q8_0 in place and a head has few query rows, queries are rounded: an element by at most 2^-16 of the largest
+/// of its 32.
 /// `out` must not overlap the queries. Keys and values are not searched for NaN, and one in a row that a query cannot see
 /// may still reach it when another query of the same call sees that row. That positions ascend is the view's promise: only
 /// O(log T) of them are looked at; log masses are all checked. Cost: 2 * rows * G * T * (D + E) FLOPs per head; memory O(tile) per worker, and

@@ -205,7 +205,7 @@ class ColumnAccumulator {
   [[nodiscard]] float* weight_tile(Index t) const noexcept { return s_.weights.data() + t * kQueryTile; }
 
   Status two_step() noexcept {
-    alignas(Arena::kAlignment) float tile_sum[kQueryTile] = {}, row_max[kQueryTile] = {};
+    float tile_sum[kQueryTile] = {}, row_max[kQueryTile] = {};
     std::fill_n(row_max, count_, kNoMax);
     std::fill_n(row_sum_, count_, 0.f);
     for (Index t = 0; t < most_visible_; t += kKeyTile) {
@@ -227,7 +227,7 @@ class ColumnAccumulator {
       }
       join_softmax(tile_max, tile_sum, count_, row_max, row_sum_);
     }
-    alignas(Arena::kAlignment) float row_scale[kQueryTile] = {};
+    float row_scale[kQueryTile] = {};
     for (Index r = 0; r < count_; ++r) row_scale[r] = row_sum_[r] > 0.f ? row_weight() / row_sum_[r] : 0.f;
     for (Index t = 0; t < most_visible_; t += kKeyTile) {
       const float* tile_max = s_.tile_max.data() + t / kKeyTile * kQueryTile;
@@ -289,10 +289,8 @@ class ColumnAccumulator {
   bool one_pass_ = true;
   Index query_[kQueryTile] = {}, visible_[kQueryTile] = {};
   float log_sum_exp_[kQueryTile] = {};
-  // Aligned, so that the same numbers always take the same path through vector code, whose exp differs from the scalar
-  // one.
-  alignas(Arena::kAlignment) float row_sum_[kQueryTile] = {};
-  alignas(Arena::kAlignment) float factor_[kQueryTile] = {};
+  float row_sum_[kQueryTile] = {};
+  float factor_[kQueryTile] = {};
 };
 
 /// The earliest head's complaint, so that the status is the same for every executor.

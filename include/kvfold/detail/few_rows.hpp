@@ -283,21 +283,11 @@ void add_few_of(const float* a, Index a_stride, const E* b, Index k, Index n, fl
   }
 }
 
-/// Calls f(first row, constant number of rows) for up to 4 rows at a time.
-template <class F>
-void for_few_rows(Index m, F f) noexcept {
-  Index i = 0;
-  for (; i + 4 <= m; i += 4) f(i, std::integral_constant<Index, 4>{});
-  if (m - i == 3) f(i, std::integral_constant<Index, 3>{});
-  if (m - i == 2) f(i, std::integral_constant<Index, 2>{});
-  if (m - i == 1) f(i, std::integral_constant<Index, 1>{});
-}
-
 /// c = a * b^T for a [m][k] and c [m][n] with the given row strides, b [n][k] stored without gaps.
 template <Stored E>
 void few_dots(const float* a, Index a_stride, Index m, const E* b, Index n, Index k, float* c,
               Index c_stride) noexcept {
-  for_few_rows(m, [&](Index i, auto rows) {
+  for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
     few_dots_of<rows()>(a + i * a_stride, a_stride, b, n, k, c + i * c_stride, c_stride);
   });
 }
@@ -305,7 +295,8 @@ void few_dots(const float* a, Index a_stride, Index m, const E* b, Index n, Inde
 /// The same for rounded rows of a, and rows of b in blocks of bytes.
 inline void few_dots(const RoundedRows& a, Index m, const BlockQ8_0* b, Index n, Index k, float* c,
                      Index c_stride) noexcept {
-  for_few_rows(m, [&](Index i, auto rows) { few_dots_of<rows()>(a, i, b, n, k, c + i * c_stride, c_stride); });
+  for_groups_of_rows<kMostFewRows>(
+      m, [&](Index i, auto rows) { few_dots_of<rows()>(a, i, b, n, k, c + i * c_stride, c_stride); });
 }
 
 /// c += a * b for a [m][k] and c [m][n] with the given row strides, b [k][n] stored without gaps.
@@ -314,7 +305,7 @@ void add_few(const float* a, Index a_stride, Index m, const E* b, Index k, Index
   for (Index first = 0; first < k; first += kFewDepth) {
     const Index depth = std::min(kFewDepth, k - first);
     const E* rows_of_b = b + first * row_units<E>(n);
-    for_few_rows(m, [&](Index i, auto rows) {
+    for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
       add_few_of<rows()>(a + i * a_stride + first, a_stride, rows_of_b, depth, n, c + i * c_stride, c_stride);
     });
   }

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
+#include <type_traits>
 
 #include "kvfold/types.hpp"
 
@@ -89,6 +89,24 @@ inline void store_first_lanes(Lanes x, Index count, float* to) noexcept {
   float all[kLanes];
   store_lanes(x, all);
   std::copy_n(all, count, to);
+}
+
+/// Calls f with a constant of 1 to kMost.
+template <Index kMost, class F>
+void with_constant(Index n, F f) noexcept {
+  if constexpr (kMost > 1) {
+    if (n < kMost) return with_constant<kMost - 1>(n, f);
+  }
+  f(std::integral_constant<Index, kMost>{});
+}
+
+/// Calls f(first row, constant number of rows) for up to kMost of m rows at a time: kernels have the sums of so many in
+/// registers.
+template <Index kMost, class F>
+void for_groups_of_rows(Index m, F f) noexcept {
+  for (Index i = 0; i < m; i += kMost) {
+    with_constant<kMost>(std::min(kMost, m - i), [&](auto rows) { f(i, rows); });
+  }
 }
 
 }  // namespace kvfold::detail

@@ -100,15 +100,6 @@ void multiply_panel(const float* a, Index a_stride, const float* panel, Index de
   }
 }
 
-/// Calls f with a constant of 1 to kMost.
-template <Index kMost, class F>
-void with_constant(Index n, F f) noexcept {
-  if constexpr (kMost > 1) {
-    if (n < kMost) return with_constant<kMost - 1>(n, f);
-  }
-  f(std::integral_constant<Index, kMost>{});
-}
-
 /// What is read after the operands of a product, to be asked for meanwhile: `bytes` from `offset` bytes after an address.
 /// Harmless where nothing is.
 struct Ahead {
@@ -136,24 +127,21 @@ inline void multiply_transposed(const float* a, Index a_stride, Index m, const f
     for (Index first = 0; first < k; first += kPanelDepth) {
       const Index depth = std::min(kPanelDepth, k - first);
       make_panel(b + j * b_stride + first, b_stride, width, depth, panel);
-      for (Index group = 0; group < groups; ++group) {
-        if (j + first == 0) ahead.fetch(group, groups);
-        const Index i = group * kPanelHeight;
-        with_constant<kPanelHeight>(std::min(kPanelHeight, m - i), [&](auto height) {
-          const float* rows = a + i * a_stride + first;
-          float* to = c + i * c_stride + j;
-          if (width == kPanelWidth) {
-            return multiply_panel<height()>(rows, a_stride, panel, depth, first > 0, to, c_stride);
+      for_groups_of_rows<kPanelHeight>(m, [&](Index i, auto height) {
+        if (j + first == 0) ahead.fetch(i / kPanelHeight, groups);
+        const float* rows = a + i * a_stride + first;
+        float* to = c + i * c_stride + j;
+        if (width == kPanelWidth) {
+          return multiply_panel<height()>(rows, a_stride, panel, depth, first > 0, to, c_stride);
+        }
+        multiply_panel<height()>(rows, a_stride, panel, depth, false, products, kPanelWidth);
+        for (Index r = 0; r < height(); ++r) {
+          for (Index x = 0; x < width; ++x) {
+            float& sum = to[r * c_stride + x];
+            sum = products[r * kPanelWidth + x] + (first > 0 ? sum : 0.f);
           }
-          multiply_panel<height()>(rows, a_stride, panel, depth, false, products, kPanelWidth);
-          for (Index r = 0; r < height(); ++r) {
-            for (Index x = 0; x < width; ++x) {
-              float& sum = to[r * c_stride + x];
-              sum = products[r * kPanelWidth + x] + (first > 0 ? sum : 0.f);
-            }
-          }
-        });
-      }
+        }
+      });
     }
   }
 }

@@ -1,6 +1,6 @@
 /// \file
-/// Conversions of stored numbers with the processor's own instructions, where the target has them (AVX2 and F16C): the
-/// only explicit SIMD of the library. The loads and stores of rows do as many numbers as fit, and \returns how many; the
+/// Conversions of stored numbers with the processor's own instructions, where the target has them (AVX2 and F16C): with
+/// two functions of lanes.hpp the only explicit SIMD of the library. The loads and stores of rows do as many numbers as fit, and \returns how many; the
 /// caller does the others, all of them on other targets. Results are those of the portable loops, bit for bit, but that
 /// NaNs which signal in fp16 come out quiet.
 ///
