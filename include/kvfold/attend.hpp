@@ -195,18 +195,16 @@ class AttendBlock {
     if (!few_) {
       return multiply_keys(s_.queries.data(), count_, view_, h_, t, n, s_.keys, s_.weights.data(), tile_);
     }
-    const auto dots = [&](const float* keys, Index first, Index m) {
-      few_dots(s_.queries.data(), width, count_, keys, m, width, s_.weights.data() + first, tile_);
+    const auto dots = [&](const auto* keys, Index first, Index m) {
+      float* to = s_.weights.data() + first;
+      if constexpr (std::same_as<decltype(keys), const BlockQ8_0*>) {
+        few_dots(s_.rounded, count_, keys, m, width, to, tile_);
+      } else {
+        few_dots(s_.queries.data(), width, count_, keys, m, width, to, tile_);
+      }
     };
     if constexpr (HasStoredRows<V>) {
-      const auto stored_dots = [&](const auto* keys) {
-        if constexpr (kKeysAreBytes) {
-          few_dots(s_.rounded, count_, keys, n, width, s_.weights.data(), tile_);
-        } else {
-          few_dots(s_.queries.data(), width, count_, keys, n, width, s_.weights.data(), tile_);
-        }
-      };
-      if (read_in_lanes(view_.stored_keys(h_, t, n), stored_dots)) return;
+      if (read_in_lanes(view_.stored_keys(h_, t, n), [&](const auto* keys) { dots(keys, 0, n); })) return;
     }
     for (Index first = 0; first < n; first += kFewTile) {
       const Index m = std::min(kFewTile, n - first);

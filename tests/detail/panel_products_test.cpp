@@ -9,7 +9,6 @@
 #include <gtest/gtest.h>
 
 #include "builders.hpp"
-#include "storage_kinds.hpp"
 
 namespace kvfold::test {
 namespace {

@@ -47,11 +47,7 @@ inline constexpr Index kAhead = 8192;
 /// Asks for kBytes from `offset` bytes after an address; harmless where nothing is.
 template <Index kBytes, class E>
 void fetch(const E* from, Index offset) noexcept {
-  constexpr Index kLine = 64;
-  const auto address = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset);
-  for (Index i = 0; i < kBytes; i += kLine) {
-    __builtin_prefetch(reinterpret_cast<const void*>(address + static_cast<std::uintptr_t>(i)));
-  }
+  for (Index i = 0; i < kBytes; i += kCacheLine) fetch_line(from, offset + i);
 }
 
 /// Asks for kBytes that will be read `kAhead` bytes further on. Rows of the next tile are the next in memory, and

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <type_traits>
 
 #include "kvfold/types.hpp"
@@ -41,6 +42,13 @@ inline void store_lanes(Lanes x, float* to) noexcept { *reinterpret_cast<LanesIn
   asm("" : "+w"(x));
 #endif
   return x;
+}
+
+inline constexpr Index kCacheLine = 64;  ///< bytes
+/// Asks for the cache line `offset` bytes after an address; harmless where nothing is.
+inline void fetch_line(const void* from, Index offset) noexcept {
+  const auto address = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset);
+  __builtin_prefetch(reinterpret_cast<const void*>(address));
 }
 
 /// The larger and the smaller of each two, x where they do not compare. g++ does not find the instructions for this.
