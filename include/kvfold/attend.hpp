@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "kvfold/detail/arena.hpp"
+#include "kvfold/detail/few_byte_rows.hpp"
 #include "kvfold/detail/few_rows.hpp"
 #include "kvfold/detail/linalg.hpp"
 #include "kvfold/detail/panel_products.hpp"
@@ -234,7 +235,7 @@ class AttendBlock {
   static constexpr bool kKeysAreBytes = [] {
     if constexpr (HasStoredRows<V>) {
       using E = std::remove_cvref_t<decltype(*std::declval<const V&>().stored_keys(0, 0, 0))>;
-      return std::same_as<E, BlockQ8_0> && kHasLanes<BlockQ8_0>;
+      return kAreBytes<E>;
     }
     return false;
   }();
@@ -242,7 +243,7 @@ class AttendBlock {
   /// Calls f(rows) where there are rows and they can be converted in registers. \returns whether it did.
   template <Stored E, class F>
   static bool read_in_lanes(const E* rows, F f) noexcept {
-    if constexpr (kHasLanes<E>) {
+    if constexpr (kHasLanes<E> || kAreBytes<E>) {
       if (rows != nullptr) f(rows);
       return rows != nullptr;
     }

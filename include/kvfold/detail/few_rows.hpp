@@ -6,16 +6,11 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <concepts>
 #include <cstdint>
-#include <limits>
-#include <span>
 #include <utility>
 
-#include "kvfold/detail/arena.hpp"
 #include "kvfold/detail/lanes.hpp"
-#include "kvfold/detail/linalg.hpp"
 #include "kvfold/detail/row_codec.hpp"
 #include "kvfold/detail/wide_loads.hpp"
 #include "kvfold/types.hpp"
@@ -25,19 +20,16 @@ namespace kvfold::detail {
 /// Whether rows of E can be read by `load_lanes_of`.
 template <Stored E>
 inline constexpr bool kHasLanes = std::same_as<E, float> || std::same_as<E, BFloat16> ||
-                                  ((std::same_as<E, Float16> || std::same_as<E, BlockQ8_0>)&&kHasWideLoads);
+                                  (std::same_as<E, Float16> && kHasWideLoads);
 
-/// Elements [d, d + kLanes) from a unit on; those of blocks are of one, before they are scaled.
 template <Stored E>
-[[nodiscard]] Lanes load_lanes_of(const E* unit, Index d) noexcept {
+[[nodiscard]] Lanes load_lanes_of(const E* from) noexcept {
   if constexpr (std::same_as<E, float>) {
-    return load_lanes(unit + d);
+    return load_lanes(from);
   } else if constexpr (std::same_as<E, BFloat16>) {
-    return load_bf16_lanes(unit + d);
-  } else if constexpr (std::same_as<E, Float16>) {
-    return load_f16_lanes(unit + d);
+    return load_bf16_lanes(from);
   } else {
-    return load_i8_lanes(unit->values.data() + d);
+    return load_f16_lanes(from);
   }
 }
 
@@ -121,7 +113,11 @@ struct FewColumns {
   Index count;
 
   FewColumns(const E* b, Index units, Index first, Index n) noexcept : count(std::min(kColumns, n - first)) {
-    for (Index j = 0; j < kColumns; ++j) row[j] = b + (first + std::min(j, count - 1)) * units;
+    const E* next = b + first * units;
+    for (Index j = 0; j < kColumns; ++j) {
+      row[j] = next;
+      if (j + 1 < count) next += units;
+    }
   }
   /// c = from, for one row of a.
   void store(const float* from, float* c) const noexcept {
@@ -145,7 +141,7 @@ void few_dots_of(const float* a, Index a_stride, const E* b, Index n, Index k, f
       fetch_ahead<bytes_of<E>(kColumns * kLanes)>(of.row[0], bytes_of<E>(kColumns * d));
       Lanes y[kLanes];
       for (Index j = 0; j < kColumns; ++j) {
-        y[j] = load_lanes_of(of.row[j], d);
+        y[j] = load_lanes_of(of.row[j] + d);
         if constexpr (kRows > 1) y[j] = in_register(y[j]);  // else it is used only once
       }
       for (Index i = 0; i < kRows; ++i) {
@@ -165,95 +161,22 @@ void few_dots_of(const float* a, Index a_stride, const E* b, Index n, Index k, f
   }
 }
 
-/// Rows rounded to 16 bits: element d of row i is `unit[i][d / 32] * value[i][d]`, to 2^-16 of the largest of the 32.
-/// Products with bytes are then of integers, and there are instructions for 16 of them at a time.
-struct RoundedRows {
-  std::span<std::int16_t> value;  // [rows][k]
-  std::span<float> unit;          // [rows][k / 32]
-
-  static RoundedRows take(Arena& arena, Index rows, Index k) noexcept {
-    RoundedRows r;
-    r.value = arena.take<std::int16_t>(rows, k);
-    r.unit = arena.take<float>(rows, k / kBlockSize);
-    return r;
-  }
-
-  /// A NaN or an infinity makes NaNs of the products with its 32.
-  void set(Index i, const float* row, Index k) const noexcept {
-    constexpr float kMost = 32767.f;
-    for (Index d = 0; d < k; d += kBlockSize) {
-      const bool finite = all_finite(row + d, kBlockSize);
-      const float largest = largest_magnitude(row + d, kBlockSize);
-      const float inverse = finite && largest > 1e-30f ? kMost / largest : 0.f;  // which else may overflow
-      for (Index e = d; e < d + kBlockSize; ++e) {
-        const float x = finite ? row[e] * inverse : 0.f;
-        const auto rounded = static_cast<std::int32_t>(x + std::copysign(0.5f, x));
-        value[static_cast<std::size_t>(i * k + e)] = static_cast<std::int16_t>(rounded);
-      }
-      unit[static_cast<std::size_t>((i * k + d) / kBlockSize)] =
-          finite ? largest / kMost : std::numeric_limits<float>::quiet_NaN();
-    }
-  }
-};
-
-/// `few_dots` for kRows rows of a, from row `row` on.
-template <Index kRows>
-void few_dots_of(const RoundedRows& a, Index row, const BlockQ8_0* b, Index n, Index k, float* c,
-                 Index c_stride) noexcept {
-  constexpr Index kColumns = kFewColumns<kRows>, kBytes = bytes_of<BlockQ8_0>(kColumns * kBlockSize);
-  const Index units = k / kBlockSize;
-  const std::int16_t* value = a.value.data() + row * k;
-  const float* unit = a.unit.data() + row * units;
-  for (Index first = 0; first < n; first += kColumns) {
-    const FewColumns<kColumns, BlockQ8_0> of(b, units, first, n);
-    Lanes sums[kLanes] = {};
-    for (Index u = 0; u < units; ++u) {
-      fetch_ahead<kBytes>(of.row[0], u * kBytes);
-      for (Index j = 0; j < kColumns; ++j) {
-        const WideBytes y(of.row[j][u].values.data());
-        const Lanes scale = load_f16_in_all_lanes(of.row[j][u].scale.bits);
-        for (Index i = 0; i < kRows; ++i) {
-          const Lanes dots = y.dots(value + i * k + u * kBlockSize);
-          sums[i * kColumns + j] = dots * (unit[i * units + u] * scale) + sums[i * kColumns + j];
-        }
-      }
-    }
-    float out[kLanes];
-    store_lanes(sums_of_each(sums), out);
-    for (Index i = 0; i < kRows; ++i) of.store(out + i * kColumns, c + i * c_stride + first);
-  }
-}
-
 /// `add_few` for kRows rows of a, kWidth * kLanes columns of c at a time, from column `first` on.
 /// \returns the first column that was not done.
 template <Index kRows, Index kWidth, Stored E>
 Index add_few_of(const float* a, Index a_stride, const E* b, Index k, Index n, float* c, Index c_stride,
                  Index first) noexcept {
-  constexpr bool kWholeUnits = kWidth * kLanes % kUnit<E> == 0;  // else the columns are a part of one
-  static_assert(kWholeUnits || kUnit<E> % (kWidth * kLanes) == 0);
-  const Index units = row_units<E>(n);
   for (; first + kWidth * kLanes <= n; first += kWidth * kLanes) {
-    const Index in_unit = kWholeUnits ? 0 : first % kUnit<E>;
     Lanes sums[kMostFewRows][kMostWidth];
     for (Index i = 0; i < kRows; ++i) {
       for (Index x = 0; x < kWidth; ++x) sums[i][x] = load_lanes(c + i * c_stride + first + x * kLanes);
     }
     for (Index j = 0; j < k; ++j) {
-      const E* row = b + j * units;
-      fetch_ahead<bytes_of<E>(kWidth * kLanes)>(row, bytes_of<E>(first));
-      Lanes factor[kMostFewRows] = {};  // of blocks
+      const E* row = b + j * n + first;
+      fetch_ahead<bytes_of<E>(kWidth * kLanes)>(row, 0);
       for (Index x = 0; x < kWidth; ++x) {
-        const E* unit = row + first / kUnit<E> + (kWholeUnits ? x * kLanes / kUnit<E> : 0);
-        const Lanes y = load_lanes_of(unit, in_unit + x * kLanes % kUnit<E>);
-        if constexpr (kInBlocks<E>) {
-          if (x * kLanes % kUnit<E> == 0) {
-            const Lanes scale = load_f16_in_all_lanes(unit->scale.bits);
-            for (Index i = 0; i < kRows; ++i) factor[i] = a[i * a_stride + j] * scale;
-          }
-          for (Index i = 0; i < kRows; ++i) sums[i][x] = factor[i] * y + sums[i][x];
-        } else {
-          for (Index i = 0; i < kRows; ++i) sums[i][x] = a[i * a_stride + j] * y + sums[i][x];
-        }
+        const Lanes y = load_lanes_of(row + x * kLanes);
+        for (Index i = 0; i < kRows; ++i) sums[i][x] = a[i * a_stride + j] * y + sums[i][x];
       }
     }
     for (Index i = 0; i < kRows; ++i) {
@@ -269,18 +192,17 @@ void add_few_of(const float* a, Index a_stride, const E* b, Index k, Index n, fl
   constexpr Index kWidth = std::min(kMostWidth, static_cast<Index>(std::bit_floor(kFits)));
   Index first = add_few_of<kRows, kWidth>(a, a_stride, b, k, n, c, c_stride, 0);
   first = add_few_of<kRows, 1>(a, a_stride, b, k, n, c, c_stride, first);
-  if constexpr (!kInBlocks<E>) {  // of which there are whole ones
-    for (; first < n; ++first) {
-      for (Index j = 0; j < k; ++j) {
-        const float y = to_float(b[j * n + first]);
-        for (Index i = 0; i < kRows; ++i) c[i * c_stride + first] += a[i * a_stride + j] * y;
-      }
+  for (; first < n; ++first) {
+    for (Index j = 0; j < k; ++j) {
+      const float y = to_float(b[j * n + first]);
+      for (Index i = 0; i < kRows; ++i) c[i * c_stride + first] += a[i * a_stride + j] * y;
     }
   }
 }
 
 /// c = a * b^T for a [m][k] and c [m][n] with the given row strides, b [n][k] stored without gaps.
 template <Stored E>
+  requires kHasLanes<E>
 void few_dots(const float* a, Index a_stride, Index m, const E* b, Index n, Index k, float* c,
               Index c_stride) noexcept {
   for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
@@ -288,21 +210,14 @@ void few_dots(const float* a, Index a_stride, Index m, const E* b, Index n, Inde
   });
 }
 
-/// The same for rounded rows of a, and rows of b in blocks of bytes.
-inline void few_dots(const RoundedRows& a, Index m, const BlockQ8_0* b, Index n, Index k, float* c,
-                     Index c_stride) noexcept {
-  for_groups_of_rows<kMostFewRows>(
-      m, [&](Index i, auto rows) { few_dots_of<rows()>(a, i, b, n, k, c + i * c_stride, c_stride); });
-}
-
 /// c += a * b for a [m][k] and c [m][n] with the given row strides, b [k][n] stored without gaps.
 template <Stored E>
+  requires kHasLanes<E>
 void add_few(const float* a, Index a_stride, Index m, const E* b, Index k, Index n, float* c, Index c_stride) noexcept {
   for (Index first = 0; first < k; first += kFewDepth) {
     const Index depth = std::min(kFewDepth, k - first);
-    const E* rows_of_b = b + first * row_units<E>(n);
     for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
-      add_few_of<rows()>(a + i * a_stride + first, a_stride, rows_of_b, depth, n, c + i * c_stride, c_stride);
+      add_few_of<rows()>(a + i * a_stride + first, a_stride, b + first * n, depth, n, c + i * c_stride, c_stride);
     });
   }
 }

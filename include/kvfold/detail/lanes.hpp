@@ -14,7 +14,7 @@
 
 namespace kvfold::detail {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
 inline constexpr Index kLanes = 16;
 #elif defined(__AVX__)
 inline constexpr Index kLanes = 8;
@@ -52,7 +52,7 @@ inline void fetch_line(const void* from, Index offset) noexcept {
 }
 
 /// The larger and the smaller of each two, x where they do not compare. g++ does not find the instructions for this.
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
 [[nodiscard]] inline Lanes larger(Lanes x, Lanes y) noexcept { return _mm512_max_ps(y, x); }
 [[nodiscard]] inline Lanes smaller(Lanes x, Lanes y) noexcept { return _mm512_min_ps(y, x); }
 #elif defined(__AVX__)
@@ -73,15 +73,6 @@ inline void fetch_line(const void* from, Index offset) noexcept {
     for (Index i = 0; i < half; ++i) part[i] += part[half + i];
   }
   return part[0];
-}
-
-/// The largest of |x|, for whole registers of finite numbers.
-[[nodiscard]] inline float largest_magnitude(const float* x, Index n) noexcept {
-  Lanes most = {};
-  for (Index i = 0; i < n; i += kLanes) most = larger(most, larger(load_lanes(x + i), -load_lanes(x + i)));
-  float part[kLanes];
-  store_lanes(most, part);
-  return *std::max_element(part, part + kLanes);
 }
 
 /// The first `count` lanes, 1 to kLanes of them, and a number in the others.

@@ -18,7 +18,7 @@ namespace kvfold::detail {
 /// exp(x) = 2^n * exp(r) with |r| <= ln(2) / 2, and exp(r) = 1 + r + r^2 * q(r) for the q of degree 4 with the smallest
 /// largest relative error, 3e-9 (found by Remez's exchange).
 [[nodiscard, gnu::always_inline]] inline Lanes exp_lanes(Lanes x) noexcept {
-  using Words [[gnu::vector_size(sizeof(Lanes))]] = std::uint32_t;
+  using Integers [[gnu::vector_size(sizeof(Lanes))]] = std::uint32_t;
   constexpr float kLog2E = 0x1.715476p+0f;
   constexpr float kLn2High = 0x1.63p-1f, kLn2Low = -0x1.bd0106p-13f;  // n * kLn2High has no rounding
   constexpr int kMantissaBits = 23;
@@ -32,7 +32,7 @@ namespace kvfold::detail {
   q = q * r + 0x1.555492p-3f;
   q = q * r + 0x1.fffffcp-2f;
   const Lanes exp_r = q * (r * r) + (r + 1.f);
-  return exp_r * std::bit_cast<Lanes>(std::bit_cast<Words>(biased) << kMantissaBits);
+  return exp_r * std::bit_cast<Lanes>(std::bit_cast<Integers>(biased) << kMantissaBits);
 }
 
 /// x = exp(x - shift); \returns the sum.

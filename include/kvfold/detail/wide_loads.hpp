@@ -1,6 +1,6 @@
 /// \file
 /// Conversions of stored numbers with the processor's own instructions, where the target has them (AVX2 and F16C): with
-/// two functions of lanes.hpp the only explicit SIMD of the library. The loads and stores of rows do as many numbers as
+/// wide_words.hpp and two functions of lanes.hpp the only explicit SIMD of the library. The loads and stores of rows do as many numbers as
 /// fit, and \returns how many; the caller does the others, all of them on other targets. Results are those of the
 /// portable loops, bit for bit, but that NaNs which signal in fp16 come out quiet.
 ///
@@ -101,7 +101,7 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 
 /// kLanes fp16 numbers.
 [[nodiscard]] inline Lanes load_f16_lanes(const void* from) noexcept {
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
   return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
 #else
   return _mm256_cvtph_ps(load_16_bytes(from));
@@ -110,7 +110,7 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 
 /// kLanes bf16 numbers.
 [[nodiscard]] inline Lanes load_bf16_lanes(const void* from) noexcept {
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
   const __m256i halves = _mm256_loadu_si256(static_cast<const __m256i*>(from));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 #else
@@ -118,43 +118,10 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 #endif
 }
 
-/// kLanes signed bytes.
-[[nodiscard]] inline Lanes load_i8_lanes(const void* from) noexcept {
-#if defined(__AVX512F__)
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16_bytes(from)));
-#else
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
-#endif
-}
-
-/// 32 signed bytes, to be multiplied by numbers of 16 bits.
-class WideBytes {
- public:
-  explicit WideBytes(const void* from) noexcept {
-    const auto* bytes = static_cast<const unsigned char*>(from);
-    low_ = _mm256_cvtepi8_epi16(load_16_bytes(bytes));
-    high_ = _mm256_cvtepi8_epi16(load_16_bytes(bytes + 16));
-  }
-
-  /// Sums of 32 / kLanes products each. Exact: they are below 2^24 unless a number is -2^15.
-  [[nodiscard]] Lanes dots(const std::int16_t* by) const noexcept {
-    const __m256i low = _mm256_madd_epi16(low_, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(by)));
-    const __m256i high = _mm256_madd_epi16(high_, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(by + 16)));
-#if defined(__AVX512F__)
-    return _mm512_cvtepi32_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
-#else
-    return _mm256_cvtepi32_ps(_mm256_add_epi32(low, high));
-#endif
-  }
-
- private:
-  __m256i low_, high_;
-};
-
 /// One fp16 number, kLanes times.
 [[nodiscard]] inline Lanes load_f16_in_all_lanes(std::uint16_t number) noexcept {
   const auto bits = static_cast<std::int16_t>(number);
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
   return _mm512_cvtph_ps(_mm256_set1_epi16(bits));
 #else
   return _mm256_cvtph_ps(_mm_set1_epi16(bits));
@@ -175,12 +142,7 @@ inline constexpr bool kHasWideLoads = false;
 }
 
 Lanes load_f16_lanes(const void* from) noexcept;  // these only where there are wide loads
-Lanes load_i8_lanes(const void* from) noexcept;
 Lanes load_f16_in_all_lanes(std::uint16_t number) noexcept;
-struct WideBytes {
-  explicit WideBytes(const void* from) noexcept;
-  [[nodiscard]] Lanes dots(const std::int16_t* by) const noexcept;
-};
 float wide_f16(std::uint16_t bits) noexcept;
 inline Index load_wide_f16(const void*, Index, float*) noexcept { return 0; }
 inline Index store_wide_f16(const float*, Index, void*) noexcept { return 0; }

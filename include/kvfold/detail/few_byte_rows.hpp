@@ -1,0 +1,219 @@
+/// \file
+/// Products of a few rows with many that are stored as bytes. The few are rounded to 16 bits: products are then of integers,
+/// and there are instructions for 16 of them at a time.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <span>
+
+#include "kvfold/detail/arena.hpp"
+#include "kvfold/detail/few_rows.hpp"
+#include "kvfold/detail/lanes.hpp"
+#include "kvfold/detail/wide_loads.hpp"
+#include "kvfold/detail/wide_words.hpp"
+#include "kvfold/storage/quantised.hpp"
+#include "kvfold/types.hpp"
+
+namespace kvfold::detail {
+
+/// Whether rows of E are multiplied as the bytes that they are stored in.
+template <Stored E>
+inline constexpr bool kAreBytes = kHasWideLoads&& std::same_as<E, BlockQ8_0>;
+
+/// Units that the largest of the numbers that are rounded together has.
+inline constexpr float kMostUnits = 32767.f;
+
+/// What divides n numbers by the largest of them: 0 for a largest of at most 1e-30, whose inverse may overflow. Where a
+/// number is not finite, the largest is NaN.
+struct Largest {
+  float magnitude, inverse = 0.f;
+
+  Largest(const float* x, Index n) noexcept : magnitude(largest_magnitude(x, 1, n)) {
+    if (!std::isfinite(magnitude)) magnitude = std::numeric_limits<float>::quiet_NaN();
+    if (magnitude > 1e-30f) inverse = 1.f / magnitude;
+  }
+};
+
+/// Rows rounded to 16 bits: element d of row i is `unit[i] * value[i][d]`, to 2^-16 of the largest of the row.
+struct RoundedRows {
+  std::span<std::int16_t> value;  // [rows][k]
+  std::span<float> unit;          // [rows]
+
+  static RoundedRows take(Arena& arena, Index rows, Index k) noexcept {
+    RoundedRows r;
+    r.value = arena.take<std::int16_t>(rows, k);
+    r.unit = arena.take<float>(rows);
+    return r;
+  }
+
+  /// k is a multiple of kBlockSize.
+  void set(Index i, const float* row, Index k) const noexcept {
+    const Largest largest(row, k);
+    const float factor = kMostUnits * largest.inverse;
+    for (Index d = 0; d < k; d += 2 * kLanes) {
+      const auto scaled = [&](Index e) { return load_lanes(row + e) * factor; };
+      store_rounded_lanes(scaled(d), scaled(d + kLanes), value.data() + i * k + d);
+    }
+    unit[static_cast<std::size_t>(i)] = largest.magnitude / kMostUnits;
+  }
+};
+
+/// `few_dots` for kRows rows of a, from row `row` on.
+template <Index kRows>
+void few_dots_of(const RoundedRows& a, Index row, const BlockQ8_0* b, Index n, Index k, float* c,
+                 Index c_stride) noexcept {
+  constexpr Index kColumns = kFewColumns<kRows>, kBytes = bytes_of<BlockQ8_0>(kColumns * kBlockSize);
+  const Index units = k / kBlockSize;
+  const std::int16_t* value = a.value.data() + row * k;
+  float unit[kLanes] = {};
+  for (Index i = 0; i < kRows; ++i) {
+    std::fill_n(unit + i * kColumns, kColumns, a.unit[static_cast<std::size_t>(row + i)]);
+  }
+  for (Index first = 0; first < n; first += kColumns) {
+    const FewColumns<kColumns, BlockQ8_0> of(b, units, first, n);
+    Lanes sums[kLanes] = {};
+    for (Index u = 0; u < units; ++u) {
+      fetch_ahead<kBytes>(of.row[0], u * kBytes);
+      Lanes scale[kLanes];
+      for (Index j = 0; j < kColumns; ++j) scale[j] = load_f16_in_all_lanes(of.row[j][u].scale.bits);
+      const auto add = [&](Index i, Index j, const WideWords& x, const WideWords& y) {
+        sums[i * kColumns + j] = dots(x, y) * scale[j] + sums[i * kColumns + j];
+      };
+      for (Index i = 0; i < kRows; ++i) {
+        WideWords x(value + i * k + u * kBlockSize);
+        x.keep_in_registers();
+        for (Index j = 0; j < kColumns; ++j) add(i, j, x, WideWords(of.row[j][u].values.data()));
+      }
+    }
+    float out[kLanes];
+    store_lanes(sums_of_each(sums) * load_lanes(unit), out);
+    for (Index i = 0; i < kRows; ++i) of.store(out + i * kColumns, c + i * c_stride + first);
+  }
+}
+
+/// c = a * b^T for a [m][k] and c [m][n] with a row stride, b [n][k] stored without gaps.
+inline void few_dots(const RoundedRows& a, Index m, const BlockQ8_0* b, Index n, Index k, float* c,
+                     Index c_stride) noexcept {
+  for_groups_of_rows<kMostFewRows>(
+      m, [&](Index i, auto rows) { few_dots_of<rows()>(a, i, b, n, k, c + i * c_stride, c_stride); });
+}
+
+/// Rows whose factors `add_few` rounds together: they stay in the first cache, and sums of their products below 2^31.
+inline constexpr Index kByteDepth = 64;
+inline constexpr Index kBlocksAtATime = 4;  ///< whose scales are read, of one row after the other
+
+/// kByteDepth numbers in units of the largest.
+struct InUnits {
+  float x[kByteDepth];
+  float unit;
+
+  /// The largest has `most` units.
+  void divide(float most) noexcept {
+    const Largest largest(x, kByteDepth);
+    unit = largest.magnitude / most;
+    const float factor = most * largest.inverse;
+    for (float& number : x) number *= factor;
+  }
+};
+
+/// Numbers of kRows rows of a for up to kByteDepth rows of b, and zeros.
+template <Index kRows>
+struct WeightsInUnits {
+  InUnits of[kMostFewRows];
+
+  WeightsInUnits(const float* a, Index a_stride, Index count) noexcept {
+    for (Index i = 0; i < kRows; ++i) {
+      float* x = of[i].x;
+      if (count == kByteDepth) {  // a constant count is no call
+        std::copy_n(a + i * a_stride, kByteDepth, x);
+      } else {
+        std::fill(std::copy_n(a + i * a_stride, count, x), x + kByteDepth, 0.f);
+      }
+      of[i].divide(kMostUnits);
+    }
+  }
+};
+
+/// Scales of up to kBlocksAtATime blocks of each of up to kByteDepth rows, and zeros.
+struct ScalesInUnits {
+  InUnits of[kBlocksAtATime];
+
+  ScalesInUnits(const BlockQ8_0* b, Index units, Index count, Index blocks) noexcept {
+    std::uint16_t bits[kBlocksAtATime][kByteDepth];
+    with_constant<kBlocksAtATime>(blocks, [&](auto constant) {
+      for (Index j = 0; j < count; ++j) {
+        for (Index u = 0; u < constant(); ++u) bits[u][j] = b[j * units + u].scale.bits;
+      }
+      for (Index u = 0; u < constant(); ++u) {
+        std::fill(bits[u] + count, bits[u] + kByteDepth, std::uint16_t{0});
+        for (Index j = 0; j < kByteDepth; j += kLanes) store_lanes(load_f16_lanes(bits[u] + j), of[u].x + j);
+        of[u].divide(1.f);
+      }
+    });
+  }
+};
+
+/// `add_few` for one block of each of k <= kByteDepth rows of b. Meanwhile what lies `ahead` bytes from b on is asked for.
+template <Index kRows>
+void add_block(const WeightsInUnits<kRows>& weights, const InUnits& scales, const BlockQ8_0* b, Index units, Index k,
+               float* c, Index c_stride, Index ahead) noexcept {
+  std::int16_t factors[kMostFewRows][kByteDepth];
+  for (Index i = 0; i < kRows; ++i) {
+    for (Index j = 0; j < kByteDepth; j += 2 * kLanes) {
+      const auto factor = [&](Index e) { return load_lanes(weights.of[i].x + e) * load_lanes(scales.x + e); };
+      store_rounded_lanes(factor(j), factor(j + kLanes), factors[i] + j);
+    }
+  }
+  constexpr Index kPart = 2 * kLanes, kParts = std::min<Index>(kRows > 2 ? 1 : 2, kBlockSize / kPart);  // in registers
+  constexpr Index kBytes = bytes_of<BlockQ8_0>(2 * kParts * kPart);                                     // of two rows
+  for (Index d = 0; d < kBlockSize; d += kParts * kPart) {
+    SumsOfBytes sums[kMostFewRows][2];
+    const auto add = [&](const BlockQ8_0* row, const BlockQ8_0* other, Index j) {
+      for (Index p = 0; p < kParts; ++p) {
+        const Index first = d + p * kPart;
+        const PairsOfBytes bytes(row->values.data() + first, other->values.data() + first);
+        for (Index i = 0; i < kRows; ++i) sums[i][p].add(bytes, factors[i] + j);
+      }
+    };
+    const BlockQ8_0* row = b;
+    for (Index j = 0; j + 1 < k; j += 2, row += 2 * units, ahead += kBytes) {
+      fetch<kBytes>(b, ahead);
+      add(row, row + units, j);
+    }
+    if (k % 2 != 0) add(row, row, k - 1);  // the other one times 0
+    for (Index i = 0; i < kRows; ++i) {
+      const float unit = weights.of[i].unit * scales.unit;
+      for (Index p = 0; p < kParts; ++p) sums[i][p].add_to(c + i * c_stride + d + p * kPart, unit);
+    }
+  }
+}
+
+/// c += a * b for a [m][k] and c [m][n] with the given row strides, b [k][n] stored without gaps. A row's factor for a block,
+/// number times scale, is rounded: by at most 2^-16 of the largest number times the largest scale of up to kByteDepth rows.
+inline void add_few(const float* a, Index a_stride, Index m, const BlockQ8_0* b, Index k, Index n, float* c,
+                    Index c_stride) noexcept {
+  const Index units = n / kBlockSize;
+  for (Index first = 0; first < k; first += kByteDepth) {
+    const Index depth = std::min(kByteDepth, k - first);
+    const BlockQ8_0* rows_of_b = b + first * units;
+    const Index ahead = bytes_of<BlockQ8_0>(depth * n) + kAhead / 2;  // all of these rows are read several times
+    for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
+      const WeightsInUnits<rows()> weights(a + i * a_stride + first, a_stride, depth);
+      for (Index v = 0; v < units; v += kBlocksAtATime) {
+        const Index blocks = std::min(kBlocksAtATime, units - v);
+        const ScalesInUnits scales(rows_of_b + v, units, depth, blocks);
+        for (Index u = v; u < v + blocks; ++u) {
+          add_block<rows()>(weights, scales.of[u - v], rows_of_b + u, units, depth, c + i * c_stride + u * kBlockSize,
+                            c_stride, ahead + bytes_of<BlockQ8_0>(u * depth * kBlockSize));
+        }
+      }
+    });
+  }
+}
+
+}  // namespace kvfold::detail

@@ -1,0 +1,168 @@
+/// \file
+/// Registers of integers of 16 bits and sums of their products, where the target has wide_loads.hpp: there are
+/// instructions for two products in each lane, and with VNNI for adding them in the same step.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "kvfold/detail/lanes.hpp"
+#include "kvfold/detail/wide_loads.hpp"
+#include "kvfold/types.hpp"
+
+namespace kvfold::detail {
+
+#if defined(__AVX2__) && defined(__F16C__)
+
+#if defined(__AVX512BW__)
+
+/// 2 * kLanes integers of 16 bits, or kLanes sums of 32.
+using Words = __m512i;
+
+[[nodiscard]] inline Words load_words(const std::int16_t* from) noexcept { return _mm512_loadu_si512(from); }
+[[nodiscard]] inline Words load_words(const std::int8_t* from) noexcept {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+[[nodiscard]] inline Words in_all_lanes(std::int32_t x) noexcept { return _mm512_set1_epi32(x); }
+/// Each of the first half of every four lanes' words beside that of y, and of the second half.
+[[nodiscard]] inline Words low_pairs(Words x, Words y) noexcept { return _mm512_unpacklo_epi16(x, y); }
+[[nodiscard]] inline Words high_pairs(Words x, Words y) noexcept { return _mm512_unpackhi_epi16(x, y); }
+/// sums + x[2 i] * y[2 i] + x[2 i + 1] * y[2 i + 1] in each lane i.
+[[nodiscard]] inline Words add_products(Words sums, Words x, Words y) noexcept {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpwssd_epi32(sums, x, y);
+#else
+  return _mm512_add_epi32(sums, _mm512_madd_epi16(x, y));
+#endif
+}
+[[nodiscard]] inline Lanes to_lanes(Words sums) noexcept { return _mm512_cvtepi32_ps(sums); }
+
+/// 2 * kLanes numbers of at most 32767 to the nearest integers, in the rounding mode of the thread.
+inline void store_rounded_lanes(Lanes low, Lanes high, std::int16_t* to) noexcept {
+  auto* out = reinterpret_cast<__m256i*>(to);
+  _mm256_storeu_si256(out, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(low)));
+  _mm256_storeu_si256(out + 1, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(high)));
+}
+
+#else
+
+using Words = __m256i;
+
+[[nodiscard]] inline Words load_words(const std::int16_t* from) noexcept {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+[[nodiscard]] inline Words load_words(const std::int8_t* from) noexcept {
+  return _mm256_cvtepi8_epi16(load_16_bytes(from));
+}
+[[nodiscard]] inline Words in_all_lanes(std::int32_t x) noexcept { return _mm256_set1_epi32(x); }
+[[nodiscard]] inline Words low_pairs(Words x, Words y) noexcept { return _mm256_unpacklo_epi16(x, y); }
+[[nodiscard]] inline Words high_pairs(Words x, Words y) noexcept { return _mm256_unpackhi_epi16(x, y); }
+[[nodiscard]] inline Words add_products(Words sums, Words x, Words y) noexcept {
+#if defined(__AVXVNNI__)
+  return _mm256_dpwssd_avx_epi32(sums, x, y);
+#else
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(x, y));
+#endif
+}
+[[nodiscard]] inline Lanes to_lanes(Words sums) noexcept { return _mm256_cvtepi32_ps(sums); }
+
+inline void store_rounded_lanes(Lanes low, Lanes high, std::int16_t* to) noexcept {
+  const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));  // by halves of both
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0b11'01'10'00));
+}
+
+#endif
+
+/// x, of which compilers know nothing: see lanes.hpp.
+[[nodiscard]] inline Words in_register(Words x) noexcept {
+  asm("" : "+x"(x));
+  return x;
+}
+
+/// 32 integers of 16 bits.
+class WideWords {
+ public:
+  /// From integers of 16 or 8 bits.
+  template <class I>
+  explicit WideWords(const I* from) noexcept {
+    for (Index i = 0; i < kParts; ++i) words_[i] = load_words(from + i * 2 * kLanes);
+  }
+  void keep_in_registers() noexcept {
+    for (Words& words : words_) words = in_register(words);
+  }
+
+  /// Sums of 32 / kLanes products each. Exact, of bytes and of words but -2^15: they are below 2^24.
+  [[nodiscard]] friend Lanes dots(const WideWords& x, const WideWords& y) noexcept {
+    Words sums{};
+    for (Index i = 0; i < kParts; ++i) sums = add_products(sums, x.words_[i], y.words_[i]);
+    return to_lanes(sums);
+  }
+
+ private:
+  static constexpr Index kParts = 16 / kLanes;
+  Words words_[kParts];
+};
+
+/// 2 * kLanes signed bytes of a row, and those below them in another row.
+struct PairsOfBytes {
+  Words low, high;
+
+  PairsOfBytes(const std::int8_t* row, const std::int8_t* other) noexcept {
+    const Words x = load_words(row), y = load_words(other);
+    low = low_pairs(x, y);
+    high = high_pairs(x, y);
+  }
+};
+
+/// Sums of columns of such rows, each times an integer of 16 bits. Exact for 512 rows: they are below 2^31.
+class SumsOfBytes {
+ public:
+  void add(const PairsOfBytes& rows, const std::int16_t* factors) noexcept {
+    std::int32_t pair;
+    std::memcpy(&pair, factors, sizeof pair);
+    const Words by = in_all_lanes(pair);
+    low_ = in_register(add_products(low_, rows.low, by));  // which g++ else keeps on the stack
+    high_ = in_register(add_products(high_, rows.high, by));
+  }
+  /// to += unit * sums, for 2 * kLanes columns.
+  void add_to(float* to, float unit) const noexcept { add_to(to, unit, std::make_index_sequence<kLanes>{}); }
+
+ private:
+  /// Columns lie in groups of four, of which every other one is in `low_`.
+  template <std::size_t... i>
+  void add_to(float* to, float unit, std::index_sequence<i...>) const noexcept {
+    constexpr auto source = [](Index column) {
+      return static_cast<int>(column / 4 % 2 * kLanes + column / 8 * 4 + column % 4);
+    };
+    const Lanes low = to_lanes(low_), high = to_lanes(high_);
+    const Lanes first = __builtin_shufflevector(low, high, source(i)...);
+    const Lanes second = __builtin_shufflevector(low, high, source(kLanes + i)...);
+    store_lanes(unit * first + load_lanes(to), to);
+    store_lanes(unit * second + load_lanes(to + kLanes), to + kLanes);
+  }
+
+  Words low_{}, high_{};
+};
+
+#else
+
+void store_rounded_lanes(Lanes low, Lanes high, std::int16_t* to) noexcept;  // these only where there are wide loads
+struct WideWords {
+  template <class I>
+  explicit WideWords(const I* from) noexcept;
+  void keep_in_registers() noexcept;
+};
+[[nodiscard]] Lanes dots(const WideWords& x, const WideWords& y) noexcept;
+struct PairsOfBytes {
+  PairsOfBytes(const std::int8_t* row, const std::int8_t* other) noexcept;
+};
+struct SumsOfBytes {
+  void add(const PairsOfBytes& rows, const std::int16_t* factors) noexcept;
+  void add_to(float* to, float unit) const noexcept;
+};
+
+#endif
+
+}  // namespace kvfold::detail

@@ -1,0 +1,250 @@
+// Products of a few rounded rows with rows of bytes, against plain loops in double.
+#include <kvfold/detail/few_byte_rows.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "builders.hpp"
+
+namespace kvfold::test {
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN(), kInfinity = std::numeric_limits<float>::infinity();
+
+std::size_t at(Index i) { return static_cast<std::size_t>(i); }
+
+class FewByteRows : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!detail::kAreBytes<BlockQ8_0>) GTEST_SKIP() << "no instructions for this on this target";
+  }
+};
+using RoundedRows = FewByteRows;
+
+/// Rows in q8_0 and what they mean.
+struct StoredBlocks {
+  std::vector<BlockQ8_0> blocks;
+  std::vector<float> floats;
+
+  StoredBlocks(Index rows, Index width, Random& random)
+      : blocks(at(rows * width / kBlockSize)), floats(normals(rows * width, random)) {
+    const Index units = width / kBlockSize;
+    for (Index i = 0; i < rows; ++i) {
+      detail::write_row<BlockQ8_0>(floats.data() + i * width, width, blocks.data() + i * units, 1, nullptr);
+    }
+    detail::read_rows<BlockQ8_0>(blocks.data(), units, 1, rows, width, nullptr, 0, floats.data());
+  }
+};
+
+/// Rows of a rounded, in memory of their own.
+struct Rounded {
+  Index k;
+  std::vector<std::byte> memory;
+  detail::RoundedRows rows;
+
+  Rounded(const std::vector<float>& a, Index m, Index width) : k(width) {
+    detail::Arena measuring;
+    static_cast<void>(detail::RoundedRows::take(measuring, m, width));
+    memory.resize(measuring.required_bytes());
+    detail::Arena arena(memory);
+    rows = detail::RoundedRows::take(arena, m, width);
+    if constexpr (detail::kAreBytes<BlockQ8_0>) {
+      for (Index i = 0; i < m; ++i) rows.set(i, a.data() + i * width, width);
+    }
+  }
+  [[nodiscard]] double element(Index i) const {
+    return static_cast<double>(rows.unit[at(i / k)]) * static_cast<double>(rows.value[at(i)]);
+  }
+};
+
+double magnitude(float x) { return std::abs(static_cast<double>(x)); }
+
+/// The largest magnitude of x[j * stride], for `count` j.
+double largest_of(const float* x, Index stride, Index count) {
+  double largest = 0.0;
+  for (Index j = 0; j < count; ++j) largest = std::max(largest, magnitude(x[j * stride]));
+  return largest;
+}
+
+TEST_F(RoundedRows, AreWithinHalfAUnitOfWhichTheLargestOfTheRowHas32767) {
+  constexpr Index kRows = 3, kWidth = 96;
+  Random random(6);
+  std::vector<float> a = normals(kRows * kWidth, random);
+  for (Index d = 0; d < kWidth; ++d) {
+    a[at(d)] = 0.f;
+    a[at(kWidth + d)] *= 1e-20f;
+  }
+  const Rounded rounded(a, kRows, kWidth);
+  for (Index i = 0; i < kRows; ++i) {
+    const double largest = largest_of(a.data() + i * kWidth, 1, kWidth);
+    for (Index e = i * kWidth; e < (i + 1) * kWidth; ++e) {
+      EXPECT_LE(std::abs(rounded.element(e) - static_cast<double>(a[at(e)])), largest / 32767 / 2 + 1e-7 * largest)
+          << e;
+    }
+  }
+}
+
+TEST_F(RoundedRows, AreZeroWhereTheirInverseWouldOverflowAndNanWhereTheyAreNotFinite) {
+  std::vector<float> a(4 * kBlockSize, 1.f);
+  a[at(2)] = kNan;
+  a[at(kBlockSize + 2)] = -kInfinity;
+  for (Index d = 2 * kBlockSize; d < 3 * kBlockSize; ++d) a[at(d)] = 1e-38f;
+  const Rounded rounded(a, 4, kBlockSize);
+  EXPECT_TRUE(std::isnan(rounded.element(0)));
+  EXPECT_TRUE(std::isnan(rounded.element(kBlockSize)));
+  EXPECT_EQ(rounded.element(2 * kBlockSize), 0.0);
+  EXPECT_FLOAT_EQ(static_cast<float>(rounded.element(3 * kBlockSize)), 1.f);
+}
+
+TEST_F(FewByteRows, DotsAreThoseOfRoundedRowsAndNothingElseIsWritten) {
+  if constexpr (detail::kAreBytes<BlockQ8_0>) {
+    Random random(5);
+    for (const Index width : {32, 64, 128, 160, 576}) {
+      for (const Index n : {1, 7, 33}) {
+        const StoredBlocks b(n, width, random);
+        for (const Index m : {1, 2, 3, 4, 5, 7}) {
+          const Rounded a(normals(m * width, random), m, width);
+          const Index stride = n + 3;
+          std::vector<float> got(at(m * stride), 77.f);
+          detail::few_dots(a.rows, m, b.blocks.data(), n, width, got.data(), stride);
+          for (Index i = 0; i < m; ++i) {
+            for (Index j = 0; j < stride; ++j) {
+              SCOPED_TRACE(testing::Message()
+                           << "width " << width << ", n " << n << ", m " << m << ": " << i << " " << j);
+              const float x = got[at(i * stride + j)];
+              if (j >= n) {
+                ASSERT_EQ(x, 77.f);
+                continue;
+              }
+              double sum = 0.0, of_magnitudes = 0.0;
+              for (Index d = 0; d < width; ++d) {
+                const double product = a.element(i * width + d) * static_cast<double>(b.floats[at(j * width + d)]);
+                sum += product;
+                of_magnitudes += std::abs(product);
+              }
+              EXPECT_LE(std::abs(static_cast<double>(x) - sum), 1e-6 * of_magnitudes);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_F(FewByteRows, DotsOfTheLargestNumbersAreExact) {
+  if constexpr (detail::kAreBytes<BlockQ8_0>) {
+    const Rounded a(std::vector<float>(64, -32767.f), 1, 64);  // a unit of 1
+    std::vector<BlockQ8_0> b(2);
+    for (BlockQ8_0& block : b) {
+      block.scale = from_float<Float16>(1.f);
+      block.values.fill(-128);
+    }
+    float got = 0.f;
+    detail::few_dots(a.rows, 1, b.data(), 1, 64, &got, 1);
+    EXPECT_EQ(got, 32767.f * 128.f * 64.f);
+  }
+}
+
+/// a * b is added to c, whose rows are `stride` apart; a's are k apart.
+std::vector<float> sums_of(const std::vector<float>& a, Index m, const std::vector<BlockQ8_0>& b, Index k, Index width,
+                           Index stride, float before) {
+  std::vector<float> c(at(m * stride), before);
+  if constexpr (detail::kAreBytes<BlockQ8_0>) {
+    detail::add_few(a.data(), k, m, b.data(), k, width, c.data(), stride);
+  }
+  return c;
+}
+
+/// By how much a sum may be off: each factor by half a unit, of which the largest weight times the largest scale of 64 rows
+/// has 32767.
+double error_bound(const float* weights, const StoredBlocks& b, Index k, Index width, Index column) {
+  double bound = 0.0;
+  for (Index first = 0; first < k; first += 64) {
+    const Index count = std::min<Index>(64, k - first), units = width / kBlockSize;
+    double largest_scale = 0.0, bytes = 0.0;
+    for (Index j = first; j < first + count; ++j) {
+      const BlockQ8_0& block = b.blocks[at(j * units + column / kBlockSize)];
+      largest_scale = std::max(largest_scale, magnitude(to_float(block.scale)));
+      bytes += std::abs(static_cast<double>(block.values[at(column % kBlockSize)]));
+    }
+    bound += largest_of(weights + first, 1, count) * largest_scale / 32767 * 0.501 * bytes;
+  }
+  return bound;
+}
+
+TEST_F(FewByteRows, ProductsOfRoundedFactorsAreAddedToWhatIsThereAndNothingElseIsWritten) {
+  Random random(7);
+  for (const Index width : {32, 64, 96, 160, 288}) {
+    for (const Index k : {1, 7, 32, 64, 65, 200}) {
+      const StoredBlocks b(k, width, random);
+      for (const Index m : {1, 2, 3, 4, 5, 7}) {
+        const std::vector<float> a = normals(m * k, random);
+        const Index stride = width + 3;
+        const std::vector<float> c = sums_of(a, m, b.blocks, k, width, stride, 0.5f);
+        for (Index i = 0; i < m; ++i) {
+          for (Index x = 0; x < stride; ++x) {
+            SCOPED_TRACE(testing::Message()
+                         << "width " << width << ", k " << k << ", m " << m << ": " << i << " " << x);
+            const float got = c[at(i * stride + x)];
+            if (x >= width) {
+              ASSERT_EQ(got, 0.5f);
+              continue;
+            }
+            double sum = 0.5, of_magnitudes = 0.5;
+            for (Index j = 0; j < k; ++j) {
+              const double product =
+                  static_cast<double>(a[at(i * k + j)]) * static_cast<double>(b.floats[at(j * width + x)]);
+              sum += product;
+              of_magnitudes += std::abs(product);
+            }
+            const double bound = error_bound(a.data() + i * k, b, k, width, x);
+            EXPECT_LE(std::abs(static_cast<double>(got) - sum), bound + 1e-6 * of_magnitudes);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_F(FewByteRows, ProductsOfTheLargestNumbersAreExact) {
+  constexpr Index kRows = 64;
+  std::vector<BlockQ8_0> b(kRows);
+  for (BlockQ8_0& block : b) {
+    block.scale = from_float<Float16>(-1.f);
+    block.values.fill(-128);
+  }
+  const std::vector<float> c = sums_of(std::vector<float>(kRows, 32767.f), 1, b, kRows, kBlockSize, kBlockSize, 0.f);
+  for (const float x : c) EXPECT_EQ(x, 32767.f * 128.f * kRows);
+}
+
+TEST_F(FewByteRows, WeightsThatAreNotFiniteSpoilTheirOwnRowAndScalesTheirOwnBlock) {
+  constexpr Index kRows = 70, kWidth = 3 * kBlockSize, m = 3;
+  Random random(8);
+  for (const float bad : {kNan, kInfinity, -kInfinity}) {
+    StoredBlocks b(kRows, kWidth, random);
+    std::vector<float> a = normals(m * kRows, random);
+    a[at(kRows + 5)] = bad;
+    b.blocks[at(66 * 3 + 2)].scale = from_float<Float16>(bad);  // the last columns of a row
+    const std::vector<float> c = sums_of(a, m, b.blocks, kRows, kWidth, kWidth, 0.f);
+    for (Index i = 0; i < m; ++i) {
+      for (Index x = 0; x < kWidth; ++x) {
+        EXPECT_EQ(std::isnan(c[at(i * kWidth + x)]), i == 1 || x >= 2 * kBlockSize) << bad << " " << i << " " << x;
+      }
+    }
+  }
+}
+
+TEST_F(FewByteRows, WeightsWhoseInverseWouldOverflowCountAsZero) {
+  Random random(9);
+  const StoredBlocks b(3, kBlockSize, random);
+  EXPECT_EQ(sums_of({1e-38f, 0.f, 1e-31f}, 1, b.blocks, 3, kBlockSize, kBlockSize, 0.25f),
+            std::vector<float>(32, 0.25f));
+}
+
+}  // namespace
+}  // namespace kvfold::test
