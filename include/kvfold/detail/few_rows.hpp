@@ -175,7 +175,8 @@ Index add_few_of(const float* a, Index a_stride, const E* b, Index k, Index n, f
       const E* row = b + j * n + first;
       fetch_ahead<bytes_of<E>(kWidth * kLanes)>(row, 0);
       for (Index x = 0; x < kWidth; ++x) {
-        const Lanes y = load_lanes_of(row + x * kLanes);
+        const Lanes loaded = load_lanes_of(row + x * kLanes);
+        const Lanes y = kRows > 1 ? in_register(loaded) : loaded;  // else it is used only once
         for (Index i = 0; i < kRows; ++i) sums[i][x] = a[i * a_stride + j] * y + sums[i][x];
       }
     }
