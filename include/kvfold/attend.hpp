@@ -198,7 +198,7 @@ class AttendBlock {
     }
     const auto dots = [&](const auto* keys, Index first, Index m) {
       float* to = s_.weights.data() + first;
-      if constexpr (std::same_as<decltype(keys), const BlockQ8_0*>) {
+      if constexpr (kAreBytes<std::remove_cvref_t<decltype(*keys)>>) {
         few_dots(s_.rounded, count_, keys, m, width, to, tile_);
       } else {
         few_dots(s_.queries.data(), width, count_, keys, m, width, to, tile_);
@@ -322,7 +322,7 @@ class AttendBlock {
 ///
 /// A query sees the rows of its KV head whose position is at most its own: causal among new rows whose keys are in the cache
 /// already. This is what an engine without ragged heads needs to use a compressed cache; the tests hold plans against it.
-/// Where rows are q8_0 in place and a head has up to 16 query rows, products are of integers where the target has AVX2: an element
+/// Where rows are q8_0 or q4_0 in place and a head has up to 16 query rows, products are of integers where the target has AVX2: an element
 /// of a query is rounded by at most 2^-16 of the largest, a weight times a value's scale by at most 2^-16 of the largest weight
 /// times the largest scale of 64 rows.
 /// `out` must not overlap the queries. Keys and values are not searched for NaN, and one in a row that a query cannot see

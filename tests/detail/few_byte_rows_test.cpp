@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <limits>
 #include <vector>
@@ -18,26 +19,30 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN(), kInfinity = std:
 
 std::size_t at(Index i) { return static_cast<std::size_t>(i); }
 
+template <class Block>
 class FewByteRows : public testing::Test {
  protected:
   void SetUp() override {
-    if (!detail::kAreBytes<BlockQ8_0>) GTEST_SKIP() << "no instructions for this on this target";
+    if (!detail::kAreBytes<Block>) GTEST_SKIP() << "no instructions for this on this target";
   }
 };
-using RoundedRows = FewByteRows;
+using RoundedRows = FewByteRows<BlockQ8_0>;
+using Blocks = testing::Types<BlockQ8_0, BlockQ4_0>;
+TYPED_TEST_SUITE(FewByteRows, Blocks);
 
-/// Rows in q8_0 and what they mean.
+/// Rows in blocks and what they mean.
+template <class Block>
 struct StoredBlocks {
-  std::vector<BlockQ8_0> blocks;
+  std::vector<Block> blocks;
   std::vector<float> floats;
 
   StoredBlocks(Index rows, Index width, Random& random)
       : blocks(at(rows * width / kBlockSize)), floats(normals(rows * width, random)) {
     const Index units = width / kBlockSize;
     for (Index i = 0; i < rows; ++i) {
-      detail::write_row<BlockQ8_0>(floats.data() + i * width, width, blocks.data() + i * units, 1, nullptr);
+      detail::write_row<Block>(floats.data() + i * width, width, blocks.data() + i * units, 1, nullptr);
     }
-    detail::read_rows<BlockQ8_0>(blocks.data(), units, 1, rows, width, nullptr, 0, floats.data());
+    detail::read_rows<Block>(blocks.data(), units, 1, rows, width, nullptr, 0, floats.data());
   }
 };
 
@@ -64,10 +69,9 @@ struct Rounded {
 
 double magnitude(float x) { return std::abs(static_cast<double>(x)); }
 
-/// The largest magnitude of x[j * stride], for `count` j.
-double largest_of(const float* x, Index stride, Index count) {
+double largest_of(const float* x, Index n) {
   double largest = 0.0;
-  for (Index j = 0; j < count; ++j) largest = std::max(largest, magnitude(x[j * stride]));
+  for (Index i = 0; i < n; ++i) largest = std::max(largest, magnitude(x[i]));
   return largest;
 }
 
@@ -81,7 +85,7 @@ TEST_F(RoundedRows, AreWithinHalfAUnitOfWhichTheLargestOfTheRowHas32767) {
   }
   const Rounded rounded(a, kRows, kWidth);
   for (Index i = 0; i < kRows; ++i) {
-    const double largest = largest_of(a.data() + i * kWidth, 1, kWidth);
+    const double largest = largest_of(a.data() + i * kWidth, kWidth);
     for (Index e = i * kWidth; e < (i + 1) * kWidth; ++e) {
       EXPECT_LE(std::abs(rounded.element(e) - static_cast<double>(a[at(e)])), largest / 32767 / 2 + 1e-7 * largest)
           << e;
@@ -101,12 +105,12 @@ TEST_F(RoundedRows, AreZeroWhereTheirInverseWouldOverflowAndNanWhereTheyAreNotFi
   EXPECT_FLOAT_EQ(static_cast<float>(rounded.element(3 * kBlockSize)), 1.f);
 }
 
-TEST_F(FewByteRows, DotsAreThoseOfRoundedRowsAndNothingElseIsWritten) {
-  if constexpr (detail::kAreBytes<BlockQ8_0>) {
+TYPED_TEST(FewByteRows, DotsAreThoseOfRoundedRowsAndNothingElseIsWritten) {
+  if constexpr (detail::kAreBytes<TypeParam>) {
     Random random(5);
     for (const Index width : {32, 64, 128, 160, 576}) {
       for (const Index n : {1, 7, 33}) {
-        const StoredBlocks b(n, width, random);
+        const StoredBlocks<TypeParam> b(n, width, random);
         for (const Index m : {1, 2, 3, 4, 5, 7}) {
           const Rounded a(normals(m * width, random), m, width);
           const Index stride = n + 3;
@@ -136,25 +140,36 @@ TEST_F(FewByteRows, DotsAreThoseOfRoundedRowsAndNothingElseIsWritten) {
   }
 }
 
-TEST_F(FewByteRows, DotsOfTheLargestNumbersAreExact) {
-  if constexpr (detail::kAreBytes<BlockQ8_0>) {
+/// Blocks of the least elements that there are, of so many units.
+template <class Block>
+std::vector<Block> largest_blocks(Index n, float scale) {
+  Block block;
+  block.scale = from_float<Float16>(scale);
+  if constexpr (std::same_as<Block, BlockQ8_0>) {
+    block.values.fill(-128);
+  } else {
+    block.pairs.fill(0);  // of -8
+  }
+  return std::vector<Block>(at(n), block);
+}
+template <class Block>
+constexpr float kMostOf = std::same_as<Block, BlockQ8_0> ? 128.f : 8.f;
+
+TYPED_TEST(FewByteRows, DotsOfTheLargestNumbersAreExact) {
+  if constexpr (detail::kAreBytes<TypeParam>) {
     const Rounded a(std::vector<float>(64, -32767.f), 1, 64);  // a unit of 1
-    std::vector<BlockQ8_0> b(2);
-    for (BlockQ8_0& block : b) {
-      block.scale = from_float<Float16>(1.f);
-      block.values.fill(-128);
-    }
     float got = 0.f;
-    detail::few_dots(a.rows, 1, b.data(), 1, 64, &got, 1);
-    EXPECT_EQ(got, 32767.f * 128.f * 64.f);
+    detail::few_dots(a.rows, 1, largest_blocks<TypeParam>(2, 1.f).data(), 1, 64, &got, 1);
+    EXPECT_EQ(got, 32767.f * kMostOf<TypeParam> * 64.f);
   }
 }
 
 /// a * b is added to c, whose rows are `stride` apart; a's are k apart.
-std::vector<float> sums_of(const std::vector<float>& a, Index m, const std::vector<BlockQ8_0>& b, Index k, Index width,
+template <class Block>
+std::vector<float> sums_of(const std::vector<float>& a, Index m, const std::vector<Block>& b, Index k, Index width,
                            Index stride, float before) {
   std::vector<float> c(at(m * stride), before);
-  if constexpr (detail::kAreBytes<BlockQ8_0>) {
+  if constexpr (detail::kAreBytes<Block>) {
     detail::add_few(a.data(), k, m, b.data(), k, width, c.data(), stride);
   }
   return c;
@@ -162,26 +177,27 @@ std::vector<float> sums_of(const std::vector<float>& a, Index m, const std::vect
 
 /// By how much a sum may be off: each factor by half a unit, of which the largest weight times the largest scale of 64 rows
 /// has 32767.
-double error_bound(const float* weights, const StoredBlocks& b, Index k, Index width, Index column) {
+template <class Block>
+double error_bound(const float* weights, const StoredBlocks<Block>& b, Index k, Index width, Index column) {
   double bound = 0.0;
   for (Index first = 0; first < k; first += 64) {
     const Index count = std::min<Index>(64, k - first), units = width / kBlockSize;
-    double largest_scale = 0.0, bytes = 0.0;
+    double largest_scale = 0.0, integers = 0.0;
     for (Index j = first; j < first + count; ++j) {
-      const BlockQ8_0& block = b.blocks[at(j * units + column / kBlockSize)];
-      largest_scale = std::max(largest_scale, magnitude(to_float(block.scale)));
-      bytes += std::abs(static_cast<double>(block.values[at(column % kBlockSize)]));
+      const double scale = magnitude(to_float(b.blocks[at(j * units + column / kBlockSize)].scale));
+      largest_scale = std::max(largest_scale, scale);
+      if (scale > 0.0) integers += magnitude(b.floats[at(j * width + column)]) / scale;
     }
-    bound += largest_of(weights + first, 1, count) * largest_scale / 32767 * 0.501 * bytes;
+    bound += largest_of(weights + first, count) * largest_scale / 32767 * 0.501 * integers;
   }
   return bound;
 }
 
-TEST_F(FewByteRows, ProductsOfRoundedFactorsAreAddedToWhatIsThereAndNothingElseIsWritten) {
+TYPED_TEST(FewByteRows, ProductsOfRoundedFactorsAreAddedToWhatIsThereAndNothingElseIsWritten) {
   Random random(7);
   for (const Index width : {32, 64, 96, 160, 288}) {
     for (const Index k : {1, 7, 32, 64, 65, 200}) {
-      const StoredBlocks b(k, width, random);
+      const StoredBlocks<TypeParam> b(k, width, random);
       for (const Index m : {1, 2, 3, 4, 5, 7}) {
         const std::vector<float> a = normals(m * k, random);
         const Index stride = width + 3;
@@ -211,22 +227,18 @@ TEST_F(FewByteRows, ProductsOfRoundedFactorsAreAddedToWhatIsThereAndNothingElseI
   }
 }
 
-TEST_F(FewByteRows, ProductsOfTheLargestNumbersAreExact) {
+TYPED_TEST(FewByteRows, ProductsOfTheLargestNumbersAreExact) {
   constexpr Index kRows = 64;
-  std::vector<BlockQ8_0> b(kRows);
-  for (BlockQ8_0& block : b) {
-    block.scale = from_float<Float16>(-1.f);
-    block.values.fill(-128);
-  }
+  const auto b = largest_blocks<TypeParam>(kRows, -1.f);
   const std::vector<float> c = sums_of(std::vector<float>(kRows, 32767.f), 1, b, kRows, kBlockSize, kBlockSize, 0.f);
-  for (const float x : c) EXPECT_EQ(x, 32767.f * 128.f * kRows);
+  for (const float x : c) EXPECT_EQ(x, 32767.f * kMostOf<TypeParam> * kRows);
 }
 
-TEST_F(FewByteRows, WeightsThatAreNotFiniteSpoilTheirOwnRowAndScalesTheirOwnBlock) {
+TYPED_TEST(FewByteRows, WeightsThatAreNotFiniteSpoilTheirOwnRowAndScalesTheirOwnBlock) {
   constexpr Index kRows = 70, kWidth = 3 * kBlockSize, m = 3;
   Random random(8);
   for (const float bad : {kNan, kInfinity, -kInfinity}) {
-    StoredBlocks b(kRows, kWidth, random);
+    StoredBlocks<TypeParam> b(kRows, kWidth, random);
     std::vector<float> a = normals(m * kRows, random);
     a[at(kRows + 5)] = bad;
     b.blocks[at(66 * 3 + 2)].scale = from_float<Float16>(bad);  // the last columns of a row
@@ -239,9 +251,9 @@ TEST_F(FewByteRows, WeightsThatAreNotFiniteSpoilTheirOwnRowAndScalesTheirOwnBloc
   }
 }
 
-TEST_F(FewByteRows, WeightsWhoseInverseWouldOverflowCountAsZero) {
+TYPED_TEST(FewByteRows, WeightsWhoseInverseWouldOverflowCountAsZero) {
   Random random(9);
-  const StoredBlocks b(3, kBlockSize, random);
+  const StoredBlocks<TypeParam> b(3, kBlockSize, random);
   EXPECT_EQ(sums_of({1e-38f, 0.f, 1e-31f}, 1, b.blocks, 3, kBlockSize, kBlockSize, 0.25f),
             std::vector<float>(32, 0.25f));
 }

@@ -171,8 +171,9 @@ def targets(results):
             yield from line(f"Attend, {MODELS[model]}, T 32k, {threads} thread{'s'[:threads - 1]}: f32, f16 and q8_0 at no less than 70 % of the memory-read floor",
                             [get("attend", model, storage, 32768, threads) for storage in ("f32", "f16", "q8_0")],
                             lambda *rs: " / ".join(f"{100 * r['share_of_floor']:.0f} %" for r in rs), lambda *rs: all(r["share_of_floor"] >= 0.7 for r in rs))
-            yield from line("The same, of the longer of reading and arithmetic", [get("attend", model, storage, 32768, threads) for storage in ("f32", "f16", "q8_0")],
-                            lambda *rs: " / ".join(f"{100 * max(r['share_of_floor'], r['share_of_arithmetic']):.0f} %" for r in rs), lambda *rs: None)
+            yield from line("The same, no less than 70 % of the longer of reading and arithmetic in fp32", [get("attend", model, storage, 32768, threads) for storage in ("f32", "f16", "q8_0")],
+                            lambda *rs: " / ".join(f"{100 * max(r['share_of_floor'], r['share_of_arithmetic']):.0f} %" for r in rs),
+                            lambda *rs: all(max(r["share_of_floor"], r["share_of_arithmetic"]) >= 0.7 for r in rs))
     if results.measured:
         calls = sum(r["heap_calls"] for r in results.measured.values())
         yield {"target": f"No heap calls in steady state ({len(results.measured)} benchmarks)", "measured": f"{calls:.0f}", "held": calls == 0}

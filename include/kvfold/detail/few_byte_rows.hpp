@@ -1,5 +1,5 @@
 /// \file
-/// Products of a few rows with many that are stored as bytes. The few are rounded to 16 bits: products are then of integers,
+/// Products of a few rows with many that are stored as integers of 8 or 4 bits. The few are rounded to 16 bits: products are then of integers,
 /// and there are instructions for 16 of them at a time.
 #pragma once
 
@@ -23,7 +23,7 @@ namespace kvfold::detail {
 
 /// Whether rows of E are multiplied as the bytes that they are stored in.
 template <Stored E>
-inline constexpr bool kAreBytes = kHasWideLoads&& std::same_as<E, BlockQ8_0>;
+inline constexpr bool kAreBytes = kHasWideLoads ? kInBlocks<E> : false;
 
 /// Units that the largest of the numbers that are rounded together has.
 inline constexpr float kMostUnits = 32767.f;
@@ -64,10 +64,9 @@ struct RoundedRows {
 };
 
 /// `few_dots` for kRows rows of a, from row `row` on.
-template <Index kRows>
-void few_dots_of(const RoundedRows& a, Index row, const BlockQ8_0* b, Index n, Index k, float* c,
-                 Index c_stride) noexcept {
-  constexpr Index kColumns = kFewColumns<kRows>, kBytes = bytes_of<BlockQ8_0>(kColumns * kBlockSize);
+template <Index kRows, Stored E>
+void few_dots_of(const RoundedRows& a, Index row, const E* b, Index n, Index k, float* c, Index c_stride) noexcept {
+  constexpr Index kColumns = kFewColumns<kRows>, kBytes = bytes_of<E>(kColumns * kBlockSize);
   const Index units = k / kBlockSize;
   const std::int16_t* value = a.value.data() + row * k;
   float unit[kLanes] = {};
@@ -75,7 +74,7 @@ void few_dots_of(const RoundedRows& a, Index row, const BlockQ8_0* b, Index n, I
     std::fill_n(unit + i * kColumns, kColumns, a.unit[static_cast<std::size_t>(row + i)]);
   }
   for (Index first = 0; first < n; first += kColumns) {
-    const FewColumns<kColumns, BlockQ8_0> of(b, units, first, n);
+    const FewColumns<kColumns, E> of(b, units, first, n);
     Lanes sums[kLanes] = {};
     for (Index u = 0; u < units; ++u) {
       fetch_ahead<kBytes>(of.row[0], u * kBytes);
@@ -87,7 +86,7 @@ void few_dots_of(const RoundedRows& a, Index row, const BlockQ8_0* b, Index n, I
       for (Index i = 0; i < kRows; ++i) {
         WideWords x(value + i * k + u * kBlockSize);
         x.keep_in_registers();
-        for (Index j = 0; j < kColumns; ++j) add(i, j, x, WideWords(of.row[j][u].values.data()));
+        for (Index j = 0; j < kColumns; ++j) add(i, j, x, WideWords(of.row[j][u]));
       }
     }
     float out[kLanes];
@@ -97,8 +96,9 @@ void few_dots_of(const RoundedRows& a, Index row, const BlockQ8_0* b, Index n, I
 }
 
 /// c = a * b^T for a [m][k] and c [m][n] with a row stride, b [n][k] stored without gaps.
-inline void few_dots(const RoundedRows& a, Index m, const BlockQ8_0* b, Index n, Index k, float* c,
-                     Index c_stride) noexcept {
+template <Stored E>
+  requires kAreBytes<E>
+void few_dots(const RoundedRows& a, Index m, const E* b, Index n, Index k, float* c, Index c_stride) noexcept {
   for_groups_of_rows<kMostFewRows>(
       m, [&](Index i, auto rows) { few_dots_of<rows()>(a, i, b, n, k, c + i * c_stride, c_stride); });
 }
@@ -143,7 +143,8 @@ struct WeightsInUnits {
 struct ScalesInUnits {
   InUnits of[kBlocksAtATime];
 
-  ScalesInUnits(const BlockQ8_0* b, Index units, Index count, Index blocks) noexcept {
+  template <Stored E>
+  ScalesInUnits(const E* b, Index units, Index count, Index blocks) noexcept {
     std::uint16_t bits[kBlocksAtATime][kByteDepth];
     with_constant<kBlocksAtATime>(blocks, [&](auto constant) {
       for (Index j = 0; j < count; ++j) {
@@ -159,9 +160,9 @@ struct ScalesInUnits {
 };
 
 /// `add_few` for one block of each of k <= kByteDepth rows of b. Meanwhile what lies `ahead` bytes from b on is asked for.
-template <Index kRows>
-void add_block(const WeightsInUnits<kRows>& weights, const InUnits& scales, const BlockQ8_0* b, Index units, Index k,
-               float* c, Index c_stride, Index ahead) noexcept {
+template <Index kRows, Stored E>
+void add_block(const WeightsInUnits<kRows>& weights, const InUnits& scales, const E* b, Index units, Index k, float* c,
+               Index c_stride, Index ahead) noexcept {
   std::int16_t factors[kMostFewRows][kByteDepth];
   for (Index i = 0; i < kRows; ++i) {
     for (Index j = 0; j < kByteDepth; j += 2 * kLanes) {
@@ -170,22 +171,20 @@ void add_block(const WeightsInUnits<kRows>& weights, const InUnits& scales, cons
     }
   }
   constexpr Index kPart = 2 * kLanes, kParts = std::min<Index>(kRows > 2 ? 1 : 2, kBlockSize / kPart);  // in registers
-  constexpr Index kBytes = bytes_of<BlockQ8_0>(2 * kParts * kPart);                                     // of two rows
+  constexpr Index kBytes = bytes_of<E>(2 * kParts * kPart);                                             // of two rows
   for (Index d = 0; d < kBlockSize; d += kParts * kPart) {
-    SumsOfBytes sums[kMostFewRows][2];
-    const auto add = [&](const BlockQ8_0* row, const BlockQ8_0* other, Index j) {
+    SumsOfRows sums[kMostFewRows][2];
+    const auto add = [&](const E& block, const E& other, Index j) {
       for (Index p = 0; p < kParts; ++p) {
-        const Index first = d + p * kPart;
-        const PairsOfBytes bytes(row->values.data() + first, other->values.data() + first);
-        for (Index i = 0; i < kRows; ++i) sums[i][p].add(bytes, factors[i] + j);
+        const PairsOfRows rows(block, other, d + p * kPart);
+        for (Index i = 0; i < kRows; ++i) sums[i][p].add(rows, factors[i] + j);
       }
     };
-    const BlockQ8_0* row = b;
-    for (Index j = 0; j + 1 < k; j += 2, row += 2 * units, ahead += kBytes) {
+    for (Index j = 0; j + 1 < k; j += 2, ahead += kBytes) {
       fetch<kBytes>(b, ahead);
-      add(row, row + units, j);
+      add(b[j * units], b[(j + 1) * units], j);
     }
-    if (k % 2 != 0) add(row, row, k - 1);  // the other one times 0
+    if (const E& last = b[(k - 1) * units]; k % 2 != 0) add(last, last, k - 1);  // once times 0
     for (Index i = 0; i < kRows; ++i) {
       const float unit = weights.of[i].unit * scales.unit;
       for (Index p = 0; p < kParts; ++p) sums[i][p].add_to(c + i * c_stride + d + p * kPart, unit);
@@ -195,13 +194,14 @@ void add_block(const WeightsInUnits<kRows>& weights, const InUnits& scales, cons
 
 /// c += a * b for a [m][k] and c [m][n] with the given row strides, b [k][n] stored without gaps. A row's factor for a block,
 /// number times scale, is rounded: by at most 2^-16 of the largest number times the largest scale of up to kByteDepth rows.
-inline void add_few(const float* a, Index a_stride, Index m, const BlockQ8_0* b, Index k, Index n, float* c,
-                    Index c_stride) noexcept {
+template <Stored E>
+  requires kAreBytes<E>
+void add_few(const float* a, Index a_stride, Index m, const E* b, Index k, Index n, float* c, Index c_stride) noexcept {
   const Index units = n / kBlockSize;
   for (Index first = 0; first < k; first += kByteDepth) {
     const Index depth = std::min(kByteDepth, k - first);
-    const BlockQ8_0* rows_of_b = b + first * units;
-    const Index ahead = bytes_of<BlockQ8_0>(depth * n) + kAhead / 2;  // all of these rows are read several times
+    const E* rows_of_b = b + first * units;
+    const Index ahead = bytes_of<E>(depth * n) + kAhead / 2;  // all of these rows are read several times
     for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
       const WeightsInUnits<rows()> weights(a + i * a_stride + first, a_stride, depth);
       for (Index v = 0; v < units; v += kBlocksAtATime) {
@@ -209,7 +209,7 @@ inline void add_few(const float* a, Index a_stride, Index m, const BlockQ8_0* b,
         const ScalesInUnits scales(rows_of_b + v, units, depth, blocks);
         for (Index u = v; u < v + blocks; ++u) {
           add_block<rows()>(weights, scales.of[u - v], rows_of_b + u, units, depth, c + i * c_stride + u * kBlockSize,
-                            c_stride, ahead + bytes_of<BlockQ8_0>(u * depth * kBlockSize));
+                            c_stride, ahead + bytes_of<E>(u * depth * kBlockSize));
         }
       }
     });

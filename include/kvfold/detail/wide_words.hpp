@@ -10,6 +10,7 @@
 
 #include "kvfold/detail/lanes.hpp"
 #include "kvfold/detail/wide_loads.hpp"
+#include "kvfold/storage/quantised.hpp"
 #include "kvfold/types.hpp"
 
 namespace kvfold::detail {
@@ -22,8 +23,15 @@ namespace kvfold::detail {
 using Words = __m512i;
 
 [[nodiscard]] inline Words load_words(const std::int16_t* from) noexcept { return _mm512_loadu_si512(from); }
-[[nodiscard]] inline Words load_words(const std::int8_t* from) noexcept {
-  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+/// Of 2 * kLanes bytes of a block, from element `first` on, before they are scaled.
+[[nodiscard]] inline Words load_words(const BlockQ8_0& block, Index first) noexcept {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block.values.data() + first)));
+}
+[[nodiscard]] inline Words load_words(const BlockQ4_0& block, Index /*first*/) noexcept {
+  const __m128i pairs = load_16_bytes(block.pairs.data());
+  const __m256i halves = _mm256_set_m128i(_mm_srli_epi16(pairs, 4), pairs);
+  const __m256i bytes = _mm256_sub_epi8(_mm256_and_si256(halves, _mm256_set1_epi8(0xf)), _mm256_set1_epi8(8));
+  return _mm512_cvtepi8_epi16(bytes);
 }
 [[nodiscard]] inline Words in_all_lanes(std::int32_t x) noexcept { return _mm512_set1_epi32(x); }
 /// Each of the first half of every four lanes' words beside that of y, and of the second half.
@@ -53,8 +61,12 @@ using Words = __m256i;
 [[nodiscard]] inline Words load_words(const std::int16_t* from) noexcept {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
-[[nodiscard]] inline Words load_words(const std::int8_t* from) noexcept {
-  return _mm256_cvtepi8_epi16(load_16_bytes(from));
+[[nodiscard]] inline Words load_words(const BlockQ8_0& block, Index first) noexcept {
+  return _mm256_cvtepi8_epi16(load_16_bytes(block.values.data() + first));
+}
+[[nodiscard]] inline Words load_words(const BlockQ4_0& block, Index first) noexcept {
+  const __m128i pairs = load_16_bytes(block.pairs.data()), halves = first == 0 ? pairs : _mm_srli_epi16(pairs, 4);
+  return _mm256_cvtepi8_epi16(_mm_sub_epi8(_mm_and_si128(halves, _mm_set1_epi8(0xf)), _mm_set1_epi8(8)));
 }
 [[nodiscard]] inline Words in_all_lanes(std::int32_t x) noexcept { return _mm256_set1_epi32(x); }
 [[nodiscard]] inline Words low_pairs(Words x, Words y) noexcept { return _mm256_unpacklo_epi16(x, y); }
@@ -84,10 +96,13 @@ inline void store_rounded_lanes(Lanes low, Lanes high, std::int16_t* to) noexcep
 /// 32 integers of 16 bits.
 class WideWords {
  public:
-  /// From integers of 16 or 8 bits.
-  template <class I>
-  explicit WideWords(const I* from) noexcept {
+  explicit WideWords(const std::int16_t* from) noexcept {
     for (Index i = 0; i < kParts; ++i) words_[i] = load_words(from + i * 2 * kLanes);
+  }
+  /// Elements of a block, before they are scaled.
+  template <class Block>
+  explicit WideWords(const Block& block) noexcept {
+    for (Index i = 0; i < kParts; ++i) words_[i] = load_words(block, i * 2 * kLanes);
   }
   void keep_in_registers() noexcept {
     for (Words& words : words_) words = in_register(words);
@@ -105,21 +120,22 @@ class WideWords {
   Words words_[kParts];
 };
 
-/// 2 * kLanes signed bytes of a row, and those below them in another row.
-struct PairsOfBytes {
+/// 2 * kLanes elements of a block from `first` on, before they are scaled, and those below them in another row.
+struct PairsOfRows {
   Words low, high;
 
-  PairsOfBytes(const std::int8_t* row, const std::int8_t* other) noexcept {
-    const Words x = load_words(row), y = load_words(other);
+  template <class Block>
+  PairsOfRows(const Block& block, const Block& other, Index first) noexcept {
+    const Words x = load_words(block, first), y = load_words(other, first);
     low = low_pairs(x, y);
     high = high_pairs(x, y);
   }
 };
 
-/// Sums of columns of such rows, each times an integer of 16 bits. Exact for 512 rows: they are below 2^31.
-class SumsOfBytes {
+/// Sums of columns of such rows, each times an integer of 16 bits. Exact for 512 rows of bytes: they are below 2^31.
+class SumsOfRows {
  public:
-  void add(const PairsOfBytes& rows, const std::int16_t* factors) noexcept {
+  void add(const PairsOfRows& rows, const std::int16_t* factors) noexcept {
     std::int32_t pair;
     std::memcpy(&pair, factors, sizeof pair);
     const Words by = in_all_lanes(pair);
@@ -150,16 +166,17 @@ class SumsOfBytes {
 
 void store_rounded_lanes(Lanes low, Lanes high, std::int16_t* to) noexcept;  // these only where there are wide loads
 struct WideWords {
-  template <class I>
-  explicit WideWords(const I* from) noexcept;
+  template <class From>
+  explicit WideWords(const From& from) noexcept;
   void keep_in_registers() noexcept;
 };
 [[nodiscard]] Lanes dots(const WideWords& x, const WideWords& y) noexcept;
-struct PairsOfBytes {
-  PairsOfBytes(const std::int8_t* row, const std::int8_t* other) noexcept;
+struct PairsOfRows {
+  template <class Block>
+  PairsOfRows(const Block& block, const Block& other, Index first) noexcept;
 };
-struct SumsOfBytes {
-  void add(const PairsOfBytes& rows, const std::int16_t* factors) noexcept;
+struct SumsOfRows {
+  void add(const PairsOfRows& rows, const std::int16_t* factors) noexcept;
   void add_to(float* to, float unit) const noexcept;
 };
 
