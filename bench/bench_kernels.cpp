@@ -2,7 +2,7 @@
 /// The kernels below the stages, on operands that stay in the first cache, against Eigen's products and exps on the same
 /// numbers as floats: what is converted is converted by the kernels only.
 
-#include <kvfold/detail/few_byte_rows.hpp>
+#include <kvfold/detail/few_block_rows.hpp>
 #include <kvfold/detail/few_rows.hpp>
 #include <kvfold/detail/linalg.hpp>
 #include <kvfold/detail/panel_products.hpp>
@@ -57,7 +57,7 @@ void compare(benchmark::State& state, const Settings& settings, double numbers, 
 /// Queries of one decode step with stored rows: their dot products, or the rows' weighted sums.
 template <Stored E>
 void few(benchmark::State& state, const Settings& settings, bool dots, Index queries, Index rows) {
-  if constexpr (detail::kHasLanes<E> || detail::kAreBytes<E>) {
+  if constexpr (detail::kHasLanes<E> || detail::kAreIntegers<E>) {
     const Index width = width_of_rows();
     const LayerShape shape{.kv_heads = 1, .group_size = 1, .key_dim = width, .value_dim = width};
     Layer<E> layer(shape, rows);
@@ -75,7 +75,7 @@ void few(benchmark::State& state, const Settings& settings, bool dots, Index que
     const auto rounded = detail::RoundedRows::take(arena, queries, width);
     const auto kernel = [&] {
       if (!dots) return detail::add_few(weights.data(), rows, queries, stored, rows, width, out.data(), width);
-      if constexpr (detail::kAreBytes<E>) {
+      if constexpr (detail::kAreIntegers<E>) {
         for (Index i = 0; i < queries; ++i) rounded.set(i, a.data() + i * width, width);
         detail::few_dots(rounded, queries, stored, rows, width, out.data(), rows);
       } else {
@@ -133,7 +133,7 @@ void register_benchmarks(const Settings& settings) {
   constexpr Index kRows = 64;
   const auto name = [](const std::string& kernel) { return name_of("kernels", "width_128", kernel, kRows, 1); };
   const auto add_type = [&]<Stored E>(const char* storage) {
-    if constexpr (detail::kHasLanes<E> || detail::kAreBytes<E>) {
+    if constexpr (detail::kHasLanes<E> || detail::kAreIntegers<E>) {
       for (const bool dots : {true, false}) {
         for (const Index queries : {1, 2, 4}) {
           const std::string kernel = dots ? "dots of " : "weighted sums for ";

@@ -11,7 +11,7 @@
 #include <utility>
 
 #include "kvfold/detail/arena.hpp"
-#include "kvfold/detail/few_byte_rows.hpp"
+#include "kvfold/detail/few_block_rows.hpp"
 #include "kvfold/detail/few_rows.hpp"
 #include "kvfold/detail/linalg.hpp"
 #include "kvfold/detail/panel_products.hpp"
@@ -164,7 +164,7 @@ class AttendBlock {
       sum_[r] = 0.f;
     }
     scale(s_.queries.data(), count * shape_.key_dim, queries_.logit_scale());
-    if constexpr (kKeysAreBytes) {
+    if constexpr (kKeysAreIntegers) {
       for (Index r = 0; few_ && r < count; ++r) {
         s_.rounded.set(r, s_.queries.data() + r * shape_.key_dim, shape_.key_dim);
       }
@@ -198,7 +198,7 @@ class AttendBlock {
     }
     const auto dots = [&](const auto* keys, Index first, Index m) {
       float* to = s_.weights.data() + first;
-      if constexpr (kAreBytes<std::remove_cvref_t<decltype(*keys)>>) {
+      if constexpr (kAreIntegers<std::remove_cvref_t<decltype(*keys)>>) {
         few_dots(s_.rounded, count_, keys, m, width, to, tile_);
       } else {
         few_dots(s_.queries.data(), width, count_, keys, m, width, to, tile_);
@@ -231,11 +231,11 @@ class AttendBlock {
     }
   }
 
-  /// Whether keys are multiplied as the bytes that they are stored in, with rounded queries.
-  static constexpr bool kKeysAreBytes = [] {
+  /// Whether keys are multiplied as the integers that they are stored as, with rounded queries.
+  static constexpr bool kKeysAreIntegers = [] {
     if constexpr (HasStoredRows<V>) {
       using E = std::remove_cvref_t<decltype(*std::declval<const V&>().stored_keys(0, 0, 0))>;
-      return kAreBytes<E>;
+      return kAreIntegers<E>;
     }
     return false;
   }();
@@ -243,7 +243,7 @@ class AttendBlock {
   /// Calls f(rows) where there are rows and they can be converted in registers. \returns whether it did.
   template <Stored E, class F>
   static bool read_in_lanes(const E* rows, F f) noexcept {
-    if constexpr (kHasLanes<E> || kAreBytes<E>) {
+    if constexpr (kHasLanes<E> || kAreIntegers<E>) {
       if (rows != nullptr) f(rows);
       return rows != nullptr;
     }

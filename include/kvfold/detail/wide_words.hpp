@@ -23,7 +23,7 @@ namespace kvfold::detail {
 using Words = __m512i;
 
 [[nodiscard]] inline Words load_words(const std::int16_t* from) noexcept { return _mm512_loadu_si512(from); }
-/// Of 2 * kLanes bytes of a block, from element `first` on, before they are scaled.
+/// 2 * kLanes elements of a block, from `first` on, before they are scaled.
 [[nodiscard]] inline Words load_words(const BlockQ8_0& block, Index first) noexcept {
   return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block.values.data() + first)));
 }

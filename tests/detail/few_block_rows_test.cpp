@@ -1,5 +1,5 @@
-// Products of a few rounded rows with rows of bytes, against plain loops in double.
-#include <kvfold/detail/few_byte_rows.hpp>
+// Products of a few rounded rows with rows in blocks, against plain loops in double.
+#include <kvfold/detail/few_block_rows.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -20,15 +20,15 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN(), kInfinity = std:
 std::size_t at(Index i) { return static_cast<std::size_t>(i); }
 
 template <class Block>
-class FewByteRows : public testing::Test {
+class FewBlockRows : public testing::Test {
  protected:
   void SetUp() override {
-    if (!detail::kAreBytes<Block>) GTEST_SKIP() << "no instructions for this on this target";
+    if (!detail::kAreIntegers<Block>) GTEST_SKIP() << "no instructions for this on this target";
   }
 };
-using RoundedRows = FewByteRows<BlockQ8_0>;
+using RoundedRows = FewBlockRows<BlockQ8_0>;
 using Blocks = testing::Types<BlockQ8_0, BlockQ4_0>;
-TYPED_TEST_SUITE(FewByteRows, Blocks);
+TYPED_TEST_SUITE(FewBlockRows, Blocks);
 
 /// Rows in blocks and what they mean.
 template <class Block>
@@ -58,7 +58,7 @@ struct Rounded {
     memory.resize(measuring.required_bytes());
     detail::Arena arena(memory);
     rows = detail::RoundedRows::take(arena, m, width);
-    if constexpr (detail::kAreBytes<BlockQ8_0>) {
+    if constexpr (detail::kAreIntegers<BlockQ8_0>) {
       for (Index i = 0; i < m; ++i) rows.set(i, a.data() + i * width, width);
     }
   }
@@ -105,8 +105,8 @@ TEST_F(RoundedRows, AreZeroWhereTheirInverseWouldOverflowAndNanWhereTheyAreNotFi
   EXPECT_FLOAT_EQ(static_cast<float>(rounded.element(3 * kBlockSize)), 1.f);
 }
 
-TYPED_TEST(FewByteRows, DotsAreThoseOfRoundedRowsAndNothingElseIsWritten) {
-  if constexpr (detail::kAreBytes<TypeParam>) {
+TYPED_TEST(FewBlockRows, DotsAreThoseOfRoundedRowsAndNothingElseIsWritten) {
+  if constexpr (detail::kAreIntegers<TypeParam>) {
     Random random(5);
     for (const Index width : {32, 64, 128, 160, 576}) {
       for (const Index n : {1, 7, 33}) {
@@ -155,8 +155,8 @@ std::vector<Block> largest_blocks(Index n, float scale) {
 template <class Block>
 constexpr float kMostOf = std::same_as<Block, BlockQ8_0> ? 128.f : 8.f;
 
-TYPED_TEST(FewByteRows, DotsOfTheLargestNumbersAreExact) {
-  if constexpr (detail::kAreBytes<TypeParam>) {
+TYPED_TEST(FewBlockRows, DotsOfTheLargestNumbersAreExact) {
+  if constexpr (detail::kAreIntegers<TypeParam>) {
     const Rounded a(std::vector<float>(64, -32767.f), 1, 64);  // a unit of 1
     float got = 0.f;
     detail::few_dots(a.rows, 1, largest_blocks<TypeParam>(2, 1.f).data(), 1, 64, &got, 1);
@@ -169,7 +169,7 @@ template <class Block>
 std::vector<float> sums_of(const std::vector<float>& a, Index m, const std::vector<Block>& b, Index k, Index width,
                            Index stride, float before) {
   std::vector<float> c(at(m * stride), before);
-  if constexpr (detail::kAreBytes<Block>) {
+  if constexpr (detail::kAreIntegers<Block>) {
     detail::add_few(a.data(), k, m, b.data(), k, width, c.data(), stride);
   }
   return c;
@@ -193,7 +193,7 @@ double error_bound(const float* weights, const StoredBlocks<Block>& b, Index k, 
   return bound;
 }
 
-TYPED_TEST(FewByteRows, ProductsOfRoundedFactorsAreAddedToWhatIsThereAndNothingElseIsWritten) {
+TYPED_TEST(FewBlockRows, ProductsOfRoundedFactorsAreAddedToWhatIsThereAndNothingElseIsWritten) {
   Random random(7);
   for (const Index width : {32, 64, 96, 160, 288}) {
     for (const Index k : {1, 7, 32, 64, 65, 200}) {
@@ -227,14 +227,14 @@ TYPED_TEST(FewByteRows, ProductsOfRoundedFactorsAreAddedToWhatIsThereAndNothingE
   }
 }
 
-TYPED_TEST(FewByteRows, ProductsOfTheLargestNumbersAreExact) {
+TYPED_TEST(FewBlockRows, ProductsOfTheLargestNumbersAreExact) {
   constexpr Index kRows = 64;
   const auto b = largest_blocks<TypeParam>(kRows, -1.f);
   const std::vector<float> c = sums_of(std::vector<float>(kRows, 32767.f), 1, b, kRows, kBlockSize, kBlockSize, 0.f);
   for (const float x : c) EXPECT_EQ(x, 32767.f * kMostOf<TypeParam> * kRows);
 }
 
-TYPED_TEST(FewByteRows, WeightsThatAreNotFiniteSpoilTheirOwnRowAndScalesTheirOwnBlock) {
+TYPED_TEST(FewBlockRows, WeightsThatAreNotFiniteSpoilTheirOwnRowAndScalesTheirOwnBlock) {
   constexpr Index kRows = 70, kWidth = 3 * kBlockSize, m = 3;
   Random random(8);
   for (const float bad : {kNan, kInfinity, -kInfinity}) {
@@ -251,7 +251,7 @@ TYPED_TEST(FewByteRows, WeightsThatAreNotFiniteSpoilTheirOwnRowAndScalesTheirOwn
   }
 }
 
-TYPED_TEST(FewByteRows, WeightsWhoseInverseWouldOverflowCountAsZero) {
+TYPED_TEST(FewBlockRows, WeightsWhoseInverseWouldOverflowCountAsZero) {
   Random random(9);
   const StoredBlocks<TypeParam> b(3, kBlockSize, random);
   EXPECT_EQ(sums_of({1e-38f, 0.f, 1e-31f}, 1, b.blocks, 3, kBlockSize, kBlockSize, 0.25f),

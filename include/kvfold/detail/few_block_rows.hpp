@@ -1,11 +1,10 @@
 /// \file
-/// Products of a few rows with many that are stored as integers of 8 or 4 bits. The few are rounded to 16 bits: products are then of integers,
-/// and there are instructions for 16 of them at a time.
+/// Products of a few rows with many that are stored in blocks of integers of 8 or 4 bits. The few are rounded to 16 bits:
+/// products are then of integers, and there are instructions for 16 of them at a time.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
-#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -21,9 +20,9 @@
 
 namespace kvfold::detail {
 
-/// Whether rows of E are multiplied as the bytes that they are stored in.
+/// Whether rows of E are multiplied as the integers that they are stored as.
 template <Stored E>
-inline constexpr bool kAreBytes = kHasWideLoads ? kInBlocks<E> : false;
+inline constexpr bool kAreIntegers = kHasWideLoads ? kInBlocks<E> : false;
 
 /// Units that the largest of the numbers that are rounded together has.
 inline constexpr float kMostUnits = 32767.f;
@@ -97,31 +96,31 @@ void few_dots_of(const RoundedRows& a, Index row, const E* b, Index n, Index k, 
 
 /// c = a * b^T for a [m][k] and c [m][n] with a row stride, b [n][k] stored without gaps.
 template <Stored E>
-  requires kAreBytes<E>
+  requires kAreIntegers<E>
 void few_dots(const RoundedRows& a, Index m, const E* b, Index n, Index k, float* c, Index c_stride) noexcept {
   for_groups_of_rows<kMostFewRows>(
       m, [&](Index i, auto rows) { few_dots_of<rows()>(a, i, b, n, k, c + i * c_stride, c_stride); });
 }
 
 /// Rows whose factors `add_few` rounds together: they stay in the first cache, and sums of their products below 2^31.
-inline constexpr Index kByteDepth = 64;
+inline constexpr Index kRoundedDepth = 64;
 inline constexpr Index kBlocksAtATime = 4;  ///< whose scales are read, of one row after the other
 
-/// kByteDepth numbers in units of the largest.
+/// kRoundedDepth numbers in units of the largest.
 struct InUnits {
-  float x[kByteDepth];
+  float x[kRoundedDepth];
   float unit;
 
   /// The largest has `most` units.
   void divide(float most) noexcept {
-    const Largest largest(x, kByteDepth);
+    const Largest largest(x, kRoundedDepth);
     unit = largest.magnitude / most;
     const float factor = most * largest.inverse;
     for (float& number : x) number *= factor;
   }
 };
 
-/// Numbers of kRows rows of a for up to kByteDepth rows of b, and zeros.
+/// Numbers of kRows rows of a for up to kRoundedDepth rows of b, and zeros.
 template <Index kRows>
 struct WeightsInUnits {
   InUnits of[kMostFewRows];
@@ -129,43 +128,43 @@ struct WeightsInUnits {
   WeightsInUnits(const float* a, Index a_stride, Index count) noexcept {
     for (Index i = 0; i < kRows; ++i) {
       float* x = of[i].x;
-      if (count == kByteDepth) {  // a constant count is no call
-        std::copy_n(a + i * a_stride, kByteDepth, x);
+      if (count == kRoundedDepth) {  // a constant count is no call
+        std::copy_n(a + i * a_stride, kRoundedDepth, x);
       } else {
-        std::fill(std::copy_n(a + i * a_stride, count, x), x + kByteDepth, 0.f);
+        std::fill(std::copy_n(a + i * a_stride, count, x), x + kRoundedDepth, 0.f);
       }
       of[i].divide(kMostUnits);
     }
   }
 };
 
-/// Scales of up to kBlocksAtATime blocks of each of up to kByteDepth rows, and zeros.
+/// Scales of up to kBlocksAtATime blocks of each of up to kRoundedDepth rows, and zeros.
 struct ScalesInUnits {
   InUnits of[kBlocksAtATime];
 
   template <Stored E>
   ScalesInUnits(const E* b, Index units, Index count, Index blocks) noexcept {
-    std::uint16_t bits[kBlocksAtATime][kByteDepth];
+    std::uint16_t bits[kBlocksAtATime][kRoundedDepth];
     with_constant<kBlocksAtATime>(blocks, [&](auto constant) {
       for (Index j = 0; j < count; ++j) {
         for (Index u = 0; u < constant(); ++u) bits[u][j] = b[j * units + u].scale.bits;
       }
       for (Index u = 0; u < constant(); ++u) {
-        std::fill(bits[u] + count, bits[u] + kByteDepth, std::uint16_t{0});
-        for (Index j = 0; j < kByteDepth; j += kLanes) store_lanes(load_f16_lanes(bits[u] + j), of[u].x + j);
+        std::fill(bits[u] + count, bits[u] + kRoundedDepth, std::uint16_t{0});
+        for (Index j = 0; j < kRoundedDepth; j += kLanes) store_lanes(load_f16_lanes(bits[u] + j), of[u].x + j);
         of[u].divide(1.f);
       }
     });
   }
 };
 
-/// `add_few` for one block of each of k <= kByteDepth rows of b. Meanwhile what lies `ahead` bytes from b on is asked for.
+/// `add_few` for one block of each of k <= kRoundedDepth rows of b. Meanwhile what lies `ahead` bytes from b on is asked for.
 template <Index kRows, Stored E>
 void add_block(const WeightsInUnits<kRows>& weights, const InUnits& scales, const E* b, Index units, Index k, float* c,
                Index c_stride, Index ahead) noexcept {
-  std::int16_t factors[kMostFewRows][kByteDepth];
+  std::int16_t factors[kMostFewRows][kRoundedDepth];
   for (Index i = 0; i < kRows; ++i) {
-    for (Index j = 0; j < kByteDepth; j += 2 * kLanes) {
+    for (Index j = 0; j < kRoundedDepth; j += 2 * kLanes) {
       const auto factor = [&](Index e) { return load_lanes(weights.of[i].x + e) * load_lanes(scales.x + e); };
       store_rounded_lanes(factor(j), factor(j + kLanes), factors[i] + j);
     }
@@ -193,13 +192,13 @@ void add_block(const WeightsInUnits<kRows>& weights, const InUnits& scales, cons
 }
 
 /// c += a * b for a [m][k] and c [m][n] with the given row strides, b [k][n] stored without gaps. A row's factor for a block,
-/// number times scale, is rounded: by at most 2^-16 of the largest number times the largest scale of up to kByteDepth rows.
+/// number times scale, is rounded: by at most 2^-16 of the largest number times the largest scale of up to kRoundedDepth rows.
 template <Stored E>
-  requires kAreBytes<E>
+  requires kAreIntegers<E>
 void add_few(const float* a, Index a_stride, Index m, const E* b, Index k, Index n, float* c, Index c_stride) noexcept {
   const Index units = n / kBlockSize;
-  for (Index first = 0; first < k; first += kByteDepth) {
-    const Index depth = std::min(kByteDepth, k - first);
+  for (Index first = 0; first < k; first += kRoundedDepth) {
+    const Index depth = std::min(kRoundedDepth, k - first);
     const E* rows_of_b = b + first * units;
     const Index ahead = bytes_of<E>(depth * n) + kAhead / 2;  // all of these rows are read several times
     for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
