@@ -292,6 +292,31 @@ TEST(Attend, NamesABadArgumentAndWritesNothing) {
   refused(workspace_too_small, "workspace", [](Call& c) { c.bytes = 0; });
 }
 
+TEST(Attend, FindsABadLogMassInEveryPartOfLongRowsAndWritesNothing) {
+  const LayerShape shape{2, 2, 8, 6};
+  constexpr Index kRows = 3000;
+  const auto queries = make_queries(shape, 1, 1500);  // sees half of them
+  const std::size_t bytes = attend_workspace_bytes(shape, 1);
+  for (const Index bad_row : {0, 1023, 1499, 1500, 2999}) {
+    for (const float bad : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
+      auto cache = make_cache(shape, kRows);
+      cache.write_log_mass(1, bad_row, bad);
+      std::vector<float> data(4 * 6, -7.f), log_sum_exp(4, -7.f);
+      std::vector<std::byte> memory(bytes);
+      SerialExecutor executor;
+      const Status status = attend(cache, queries.view(),
+                                   {.data = data.data(), .head_stride = 6, .row_stride = 6, .log_sum_exp = log_sum_exp},
+                                   memory, executor);
+      EXPECT_EQ(status.code(), StatusCode::not_finite) << bad_row << " " << bad;
+      EXPECT_EQ(status.argument(), "log_mass");
+      EXPECT_EQ(status.head(), 1);
+      EXPECT_EQ(status.row(), bad_row);
+      EXPECT_EQ(data, std::vector<float>(4 * 6, -7.f));
+      EXPECT_EQ(log_sum_exp, std::vector<float>(4, -7.f));
+    }
+  }
+}
+
 TEST(Attend, NamesTheHeadWhoseRowsAQueryPrecedes) {
   Call call;
   for (Index t = 0; t < 5; ++t) call.cache.move_row(1, t + 15, t);

@@ -136,7 +136,7 @@ class Prompt {
 struct Settings {
   std::vector<Index> contexts{2048, 4096, 8160};  ///< the last leaves room for the steps below 8192 positions
   std::vector<Index> budgets{256, 512, 1024};
-  int repetitions = 5, steps = 16;
+  int repetitions = 15, steps = 16;
 };
 
 /// Compression as a share of prefill. \returns the last prompt.

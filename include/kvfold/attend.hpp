@@ -2,6 +2,7 @@
 /// Attention over a compressed cache: heads of unequal length, log masses, fp32 softmax.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <concepts>
@@ -72,14 +73,16 @@ inline constexpr Index kPartRows = 1024;
 
 /// What few queries have seen of a part of a head's rows: softmax sums, and sums of values not yet divided by them.
 struct AttendPart {
-  std::span<float> max, sum;  // [kFewQueries]
-  std::span<float> out;       // [kFewQueries][E]
+  std::span<float> max, sum;      // [kFewQueries]
+  std::span<float> out;           // [kFewQueries][E]
+  std::span<float> largest_mass;  // [1], a magnitude: not finite if one is not
 
   static AttendPart take(Arena& arena, const LayerShape& shape) noexcept {
     AttendPart p;
     p.max = arena.take<float>(kFewQueries);
     p.sum = arena.take<float>(kFewQueries);
     p.out = arena.take<float>(kFewQueries, shape.value_dim);
+    p.largest_mass = arena.take<float>(1);
     return p;
   }
 };
@@ -125,8 +128,11 @@ class AttendBlock {
   /// All query rows, few, and part `i` of `parts` of the head's rows.
   void run_part(Index i, Index parts, const AttendPart& to) noexcept {
     load(0, queries_.rows() * shape_.group_size);
-    const Index size = (static_cast<Index>(view_.size(h_)) - 1) / parts + 1;
-    add_rows(i * size, std::min((i + 1) * size, most_visible_));
+    const Index rows = static_cast<Index>(view_.size(h_)), size = (rows - 1) / parts + 1;
+    const Index first = i * size, last = std::min(first + size, rows);
+    add_rows(first, std::min(last, most_visible_));
+    for (Index t = std::max(first, most_visible_); t < last; t += tile_) load_masses(t, std::min(tile_, last - t));
+    to.largest_mass[0] = std::bit_cast<float>(largest_mass_);
     std::copy_n(max_, count_, to.max.begin());
     std::copy_n(sum_, count_, to.sum.begin());
     std::copy_n(s_.out.begin(), count_ * shape_.value_dim, to.out.begin());
@@ -152,6 +158,7 @@ class AttendBlock {
  private:
   void load(Index first, Index count) noexcept {
     count_ = count;
+    largest_mass_ = 0;
     few_ = count <= kFewQueries;
     tile_ = few_ ? kFewKeys : kKeyTile;
     most_visible_ = 0;
@@ -269,12 +276,15 @@ class AttendBlock {
 
   /// \returns whether any of them is not 0.
   bool load_masses(Index t, Index n) noexcept {
-    std::uint32_t bits = 0;
+    std::uint32_t largest = 0;  // magnitude: these order as their bits do, NaN and infinity above all numbers
     if constexpr (HasLogMass<V>) {
       for (Index j = 0; j < n; ++j) s_.masses[at(j)] = log_mass_of(view_, h_, t + j);
-      for (Index j = 0; j < n; ++j) bits |= std::bit_cast<std::uint32_t>(s_.masses[at(j)]) & 0x7fffffffu;
+      for (Index j = 0; j < n; ++j) {
+        largest = std::max(largest, std::bit_cast<std::uint32_t>(s_.masses[at(j)]) & 0x7fffffffu);
+      }
+      largest_mass_ = std::max(largest_mass_, largest);
     }
-    return bits != 0;
+    return largest != 0;
   }
 
   /// Row r of all query rows of the head. \param out weighted sum of values; `sum` that of weights exp(logit - max)
@@ -294,6 +304,7 @@ class AttendBlock {
   Index count_ = 0, most_visible_ = 0;
   bool few_ = false;
   Index tile_ = kKeyTile;
+  std::uint32_t largest_mass_ = 0;  // bits of the magnitude
   Index visible_[kQueryTile] = {};
   float max_[kQueryTile] = {};
   float sum_[kQueryTile] = {};
@@ -328,13 +339,12 @@ class AttendBlock {
 /// `out` must not overlap the queries. Keys and values are not searched for NaN, and one in a row that a query cannot see
 /// may still reach it when another query of the same call sees that row. That positions ascend is the view's promise: only
 /// O(log T) of them are looked at; log masses are all checked. Cost: 2 * rows * G * T * (D + E) FLOPs per head; memory O(tile) per worker, and
-/// up to 480 * (E + 2) floats: for few queries, long rows of a layer with fewer than 16 heads are split into parts, which work
+/// up to 30 * (16 * (E + 2) + 1) floats: for few queries, long rows of a layer with fewer than 16 heads are split into parts, which work
 /// side by side.
 template <KVCacheView V, Executor X>
 Status attend(const V& view, const QueryRows& queries, const AttentionOutput& out, Workspace workspace,
               X& executor) noexcept {
   if (Status bad = detail::check_sizes(view); !bad.ok()) return bad;
-  if (Status bad = detail::check_log_masses(view); !bad.ok()) return bad;
   const LayerShape shape = view.shape();
   if (Status bad = detail::check_queries(queries, shape); !bad.ok()) return bad;
   if (out.data == nullptr) return {StatusCode::invalid_argument, "out", "data is null"};
@@ -366,11 +376,17 @@ Status attend(const V& view, const QueryRows& queries, const AttentionOutput& ou
       block(i / parts, worker).run_part(i % parts, parts, space.parts[detail::at(i)]);
     };
     executor.run(shape.kv_heads * parts, task);
+    // They have looked at their log masses while these were in the cache; nothing is written yet.
+    const auto finite = [](const detail::AttendPart& part) { return std::isfinite(part.largest_mass[0]); };
+    if (!std::ranges::all_of(space.parts.first(detail::at(shape.kv_heads * parts)), finite)) {
+      return detail::check_log_masses(view);
+    }
     for (Index h = 0; h < shape.kv_heads; ++h) {
       block(h, 0).join(space.parts.subspan(detail::at(h * parts), detail::at(parts)), out);
     }
     return {};
   }
+  if (Status bad = detail::check_log_masses(view); !bad.ok()) return bad;
   const Index blocks = (rows + detail::kQueryTile - 1) / detail::kQueryTile;
   auto task = [&](Index i, Index worker) noexcept {
     const Index first = i % blocks * detail::kQueryTile;
