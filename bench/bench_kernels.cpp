@@ -49,48 +49,47 @@ void compare(benchmark::State& state, const Settings& settings, double numbers, 
       return true;
     });
   };
-  measure(state, settings,
-          {.run = [&] { return seconds(kernel); }, .baseline = [&] { return seconds(baseline); }, .rows = 0}, pool);
+  measure(state, settings, {.run = [&] { return seconds(kernel); }, .baseline = [&] { return seconds(baseline); }},
+          pool);
   state.counters["numbers/s"] = numbers * static_cast<double>(kTimes) / state.counters["seconds"];
 }
 
 /// Queries of one decode step with stored rows: their dot products, or the rows' weighted sums.
 template <Stored E>
+  requires(detail::kHasLanes<E> || detail::kAreIntegers<E>)
 void few(benchmark::State& state, const Settings& settings, bool dots, Index queries, Index rows) {
-  if constexpr (detail::kHasLanes<E> || detail::kAreIntegers<E>) {
-    const Index width = width_of_rows();
-    const LayerShape shape{.kv_heads = 1, .group_size = 1, .key_dim = width, .value_dim = width};
-    Layer<E> layer(shape, rows);
-    const auto view = layer.view();
-    const E* stored = view.stored_keys(0, 0, rows);
-    std::vector<float> floats(at(rows * width)), out(at(queries * std::max(rows, width)));
-    view.read_keys(0, 0, rows, floats);
-    Noise noise(2);
-    const std::vector<float> a = noise.row(queries * width), weights = noise.row(queries * rows, 1e-6f);
-    WorkspaceBuffer memory;
-    detail::Arena measuring;
-    static_cast<void>(detail::RoundedRows::take(measuring, queries, width));
-    require(memory.reserve(measuring.required_bytes()), "memory of rounded rows");
-    detail::Arena arena(memory.get());
-    const auto rounded = detail::RoundedRows::take(arena, queries, width);
-    const auto kernel = [&] {
-      if (!dots) return detail::add_few(weights.data(), rows, queries, stored, rows, width, out.data(), width);
-      if constexpr (detail::kAreIntegers<E>) {
-        for (Index i = 0; i < queries; ++i) rounded.set(i, a.data() + i * width, width);
-        detail::few_dots(rounded, queries, stored, rows, width, out.data(), rows);
-      } else {
-        detail::few_dots(a.data(), width, queries, stored, rows, width, out.data(), rows);
-      }
-    };
-    const auto eigen = [&] {
-      if (dots) {
-        rows_of(out, queries, rows).noalias() = rows_of(a, queries, width) * rows_of(floats, rows, width).transpose();
-      } else {
-        rows_of(out, queries, width).noalias() += rows_of(weights, queries, rows) * rows_of(floats, rows, width);
-      }
-    };
-    compare(state, settings, static_cast<double>(rows * width), out, kernel, eigen);
-  }
+  const Index width = width_of_rows();
+  const LayerShape shape{.kv_heads = 1, .group_size = 1, .key_dim = width, .value_dim = width};
+  Layer<E> layer(shape, rows);
+  const auto view = layer.view();
+  const E* stored = view.stored_keys(0, 0, rows);
+  std::vector<float> floats(at(rows * width)), out(at(queries * std::max(rows, width)));
+  view.read_keys(0, 0, rows, floats);
+  Noise noise(2);
+  const std::vector<float> a = noise.row(queries * width), weights = noise.row(queries * rows, 1e-6f);
+  WorkspaceBuffer memory;
+  detail::Arena measuring;
+  static_cast<void>(detail::RoundedRows::take(measuring, queries, width));
+  require(memory.reserve(measuring.required_bytes()), "memory of rounded rows");
+  detail::Arena arena(memory.get());
+  const auto rounded = detail::RoundedRows::take(arena, queries, width);
+  const auto kernel = [&] {
+    if (!dots) return detail::add_few(weights.data(), rows, queries, stored, rows, width, out.data(), width);
+    if constexpr (detail::kAreIntegers<E>) {
+      for (Index i = 0; i < queries; ++i) rounded.set(i, a.data() + i * width, width);
+      detail::few_dots(rounded, queries, stored, rows, width, out.data(), rows);
+    } else {
+      detail::few_dots(a.data(), width, queries, stored, rows, width, out.data(), rows);
+    }
+  };
+  const auto eigen = [&] {
+    if (dots) {
+      rows_of(out, queries, rows).noalias() = rows_of(a, queries, width) * rows_of(floats, rows, width).transpose();
+    } else {
+      rows_of(out, queries, width).noalias() += rows_of(weights, queries, rows) * rows_of(floats, rows, width);
+    }
+  };
+  compare(state, settings, static_cast<double>(rows * width), out, kernel, eigen);
 }
 
 /// Blocks of queries with fp32 keys.
