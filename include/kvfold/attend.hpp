@@ -3,10 +3,8 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <concepts>
-#include <cstdint>
 #include <limits>
 #include <type_traits>
 #include <utility>
@@ -20,6 +18,7 @@
 #include "kvfold/detail/softmax.hpp"
 #include "kvfold/evidence/query_rows.hpp"
 #include "kvfold/exec/executor.hpp"
+#include "kvfold/storage/quantised.hpp"
 
 namespace kvfold {
 
@@ -73,16 +72,16 @@ inline constexpr Index kPartRows = 1024;
 
 /// What few queries have seen of a part of a head's rows: softmax sums, and sums of values not yet divided by them.
 struct AttendPart {
-  std::span<float> max, sum;      // [kFewQueries]
-  std::span<float> out;           // [kFewQueries][E]
-  std::span<float> largest_mass;  // [1], a magnitude: not finite if one is not
+  std::span<float> max, sum;          // [kFewQueries]
+  std::span<float> out;               // [kFewQueries][E]
+  std::span<bool> masses_are_finite;  // [1]
 
   static AttendPart take(Arena& arena, const LayerShape& shape) noexcept {
     AttendPart p;
     p.max = arena.take<float>(kFewQueries);
     p.sum = arena.take<float>(kFewQueries);
     p.out = arena.take<float>(kFewQueries, shape.value_dim);
-    p.largest_mass = arena.take<float>(1);
+    p.masses_are_finite = arena.take<bool>(1);
     return p;
   }
 };
@@ -132,7 +131,7 @@ class AttendBlock {
     const Index first = i * size, last = std::min(first + size, rows);
     add_rows(first, std::min(last, most_visible_));
     for (Index t = std::max(first, most_visible_); t < last; t += tile_) load_masses(t, std::min(tile_, last - t));
-    to.largest_mass[0] = std::bit_cast<float>(largest_mass_);
+    to.masses_are_finite[0] = masses_are_finite_;
     std::copy_n(max_, count_, to.max.begin());
     std::copy_n(sum_, count_, to.sum.begin());
     std::copy_n(s_.out.begin(), count_ * shape_.value_dim, to.out.begin());
@@ -158,7 +157,7 @@ class AttendBlock {
  private:
   void load(Index first, Index count) noexcept {
     count_ = count;
-    largest_mass_ = 0;
+    masses_are_finite_ = true;
     few_ = count <= kFewQueries;
     tile_ = few_ ? kFewKeys : kKeyTile;
     most_visible_ = 0;
@@ -276,15 +275,13 @@ class AttendBlock {
 
   /// \returns whether any of them is not 0.
   bool load_masses(Index t, Index n) noexcept {
-    std::uint32_t largest = 0;  // magnitude: these order as their bits do, NaN and infinity above all numbers
     if constexpr (HasLogMass<V>) {
       for (Index j = 0; j < n; ++j) s_.masses[at(j)] = log_mass_of(view_, h_, t + j);
-      for (Index j = 0; j < n; ++j) {
-        largest = std::max(largest, std::bit_cast<std::uint32_t>(s_.masses[at(j)]) & 0x7fffffffu);
-      }
-      largest_mass_ = std::max(largest_mass_, largest);
+      const float largest = largest_magnitude(s_.masses.data(), 1, n);
+      masses_are_finite_ = masses_are_finite_ && std::isfinite(largest);
+      return largest != 0.f;
     }
-    return largest != 0;
+    return false;
   }
 
   /// Row r of all query rows of the head. \param out weighted sum of values; `sum` that of weights exp(logit - max)
@@ -304,7 +301,7 @@ class AttendBlock {
   Index count_ = 0, most_visible_ = 0;
   bool few_ = false;
   Index tile_ = kKeyTile;
-  std::uint32_t largest_mass_ = 0;  // bits of the magnitude
+  bool masses_are_finite_ = true;  // of the rows that were loaded
   Index visible_[kQueryTile] = {};
   float max_[kQueryTile] = {};
   float sum_[kQueryTile] = {};
@@ -339,7 +336,7 @@ class AttendBlock {
 /// `out` must not overlap the queries. Keys and values are not searched for NaN, and one in a row that a query cannot see
 /// may still reach it when another query of the same call sees that row. That positions ascend is the view's promise: only
 /// O(log T) of them are looked at; log masses are all checked. Cost: 2 * rows * G * T * (D + E) FLOPs per head; memory O(tile) per worker, and
-/// up to 30 * (16 * (E + 2) + 1) floats: for few queries, long rows of a layer with fewer than 16 heads are split into parts, which work
+/// up to 480 * (E + 2) floats and 30 flags: for few queries, long rows of a layer with fewer than 16 heads are split into parts, which work
 /// side by side.
 template <KVCacheView V, Executor X>
 Status attend(const V& view, const QueryRows& queries, const AttentionOutput& out, Workspace workspace,
@@ -377,7 +374,7 @@ Status attend(const V& view, const QueryRows& queries, const AttentionOutput& ou
     };
     executor.run(shape.kv_heads * parts, task);
     // They have looked at their log masses while these were in the cache; nothing is written yet.
-    const auto finite = [](const detail::AttendPart& part) { return std::isfinite(part.largest_mass[0]); };
+    const auto finite = [](const detail::AttendPart& part) { return part.masses_are_finite[0]; };
     if (!std::ranges::all_of(space.parts.first(detail::at(shape.kv_heads * parts)), finite)) {
       return detail::check_log_masses(view);
     }
