@@ -92,14 +92,15 @@ void few(benchmark::State& state, const Settings& settings, bool dots, Index que
   compare(state, settings, static_cast<double>(rows * width), out, kernel, eigen);
 }
 
-/// Blocks of queries with fp32 keys.
+/// Blocks of queries, of which panels are made once for all keys, with fp32 keys.
 void block(benchmark::State& state, const Settings& settings, Index queries, Index rows) {
-  const Index width = width_of_rows();
+  const Index width = width_of_rows(), columns = detail::panel_rows(queries);
   Noise noise(3);
   const std::vector<float> a = noise.row(queries * width), b = noise.row(rows * width);
-  std::vector<float> out(at(queries * rows));
+  std::vector<float> panels(at(columns * width)), out(at(rows * columns));
+  detail::make_panels(a.data(), width, queries, width, panels.data());
   const auto kernel = [&] {
-    detail::multiply_transposed(a.data(), width, queries, b.data(), width, rows, width, out.data(), rows);
+    detail::multiply_panels(b.data(), width, rows, panels.data(), queries, width, out.data(), columns);
   };
   const auto eigen = [&] {
     rows_of(out, queries, rows).noalias() = rows_of(a, queries, width) * rows_of(b, rows, width).transpose();

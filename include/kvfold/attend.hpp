@@ -44,6 +44,7 @@ struct AttendScratch {
   std::span<float> queries;  // [kQueryTile][D]
   RoundedRows rounded;       // [kFewQueries][D]
   std::span<float> keys;     // [max(kPanelWidth, kFewTile)][D]
+  std::span<float> panel;    // [kPanelWidth][D]
   std::span<float> values;   // [kKeyTile][E]
   std::span<float> weights;  // [kQueryTile][kKeyTile] or [kFewQueries][kFewKeys]
   std::span<float> out;      // [kQueryTile][E]
@@ -54,6 +55,7 @@ struct AttendScratch {
     s.queries = arena.take<float>(kQueryTile, shape.key_dim);
     s.rounded = RoundedRows::take(arena, kFewQueries, shape.key_dim);
     s.keys = arena.take<float>(std::max(kPanelWidth, kFewTile), shape.key_dim);
+    s.panel = arena.take<float>(kPanelWidth, shape.key_dim);
     s.values = arena.take<float>(kKeyTile, shape.value_dim);
     s.weights = arena.take<float>(std::max(kQueryTile * kKeyTile, kFewQueries * kFewKeys));
     s.out = arena.take<float>(kQueryTile, shape.value_dim);
@@ -200,7 +202,7 @@ class AttendBlock {
   void set_logits(Index t, Index n) noexcept {
     const Index width = shape_.key_dim;
     if (!few_) {
-      return multiply_keys(s_.queries.data(), count_, view_, h_, t, n, s_.keys, s_.weights.data(), tile_);
+      return multiply_keys(s_.queries.data(), count_, view_, h_, t, n, s_.keys, s_.panel, s_.weights.data(), tile_);
     }
     const auto dots = [&](const auto* keys, Index first, Index m) {
       float* to = s_.weights.data() + first;

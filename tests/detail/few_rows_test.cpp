@@ -73,6 +73,26 @@ TEST_P(FewRows, ProductsAreAddedToWhatIsThereAndNothingElseIsWritten) {
   }
 }
 
+TEST_P(FewRows, DotsAtPlacesAreThoseOfTheRowsThere) {
+  constexpr Index kRows = 20;
+  const auto x = normals(width, random), rows = normals(kRows * width, random);
+  std::vector<RowId> places;
+  for (Index i = 0; i < m; ++i) places.push_back(static_cast<RowId>((i * 7 + 3) % kRows));
+  std::vector<float> got(at(m + 1), 77.f);
+  detail::dots_at(x.data(), rows.data(), width, places.data(), m, got.data());
+  for (Index i = 0; i < m; ++i) {
+    double sum = 0.0, magnitude = 0.0;
+    for (Index d = 0; d < width; ++d) {
+      const double term = static_cast<double>(x[at(d)]) * static_cast<double>(rows[at(places[at(i)] * width + d)]);
+      sum += term;
+      magnitude += std::abs(term);
+    }
+    SCOPED_TRACE(i);
+    expect_near(got[at(i)], sum, magnitude);
+  }
+  EXPECT_EQ(got.back(), 77.f);
+}
+
 INSTANTIATE_TEST_SUITE_P(Sizes, FewRows,
                          testing::Combine(testing::Values(1, 2, 3, 4, 5, 6, 7, 8, 11, 16),
                                           testing::Values(1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 64, 80, 128, 144)));

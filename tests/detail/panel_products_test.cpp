@@ -15,21 +15,23 @@ namespace {
 
 constexpr float kUntouched = 77.f;
 
-/// A product with gaps between the rows of every operand.
+/// n rows times m rows of panels, with gaps between the rows of each.
 struct Product {
-  Index m, n, k;
-  Index a_stride = k + 3, b_stride = k + 5, c_stride = n + 7;
+  Index n, m, k;
+  Index a_stride = k + 3, b_stride = k + 5, c_stride = detail::panel_rows(m) + 7;
   std::vector<float> a, b;
 
-  Product(Index m_, Index n_, Index k_) : m(m_), n(n_), k(k_) {
-    Random random(static_cast<std::uint64_t>(m * 10007 + n * 101 + k));
-    a = normals(m * a_stride, random);
-    b = normals(n * b_stride, random);
+  Product(Index n_, Index m_, Index k_) : n(n_), m(m_), k(k_) {
+    Random random(static_cast<std::uint64_t>(n * 10007 + m * 101 + k));
+    a = normals(n * a_stride, random);
+    b = normals(m * b_stride, random);
   }
 
   [[nodiscard]] std::vector<float> run() const {
-    std::vector<float> c(static_cast<std::size_t>(m * c_stride), kUntouched);
-    detail::multiply_transposed(a.data(), a_stride, m, b.data(), b_stride, n, k, c.data(), c_stride);
+    std::vector<float> panels(static_cast<std::size_t>(detail::panel_rows(m) * k), kUntouched);
+    detail::make_panels(b.data(), b_stride, m, k, panels.data());
+    std::vector<float> c(static_cast<std::size_t>(n * c_stride), kUntouched);
+    detail::multiply_panels(a.data(), a_stride, n, panels.data(), m, k, c.data(), c_stride);
     return c;
   }
   [[nodiscard]] float x(Index i, Index d) const { return a[static_cast<std::size_t>(i * a_stride + d)]; }
@@ -38,16 +40,16 @@ struct Product {
 
 class PanelProducts : public testing::TestWithParam<std::tuple<Index, Index, Index>> {};
 
-TEST_P(PanelProducts, AreThoseOfEveryPairAndNothingElseIsWritten) {
-  const auto [m, n, k] = GetParam();
-  const Product product(m, n, k);
+TEST_P(PanelProducts, AreThoseOfEveryPairAndNothingButWholePanelsIsWritten) {
+  const auto [n, m, k] = GetParam();
+  const Product product(n, m, k);
   const std::vector<float> c = product.run();
-  for (Index i = 0; i < m; ++i) {
+  for (Index i = 0; i < n; ++i) {
     for (Index j = 0; j < product.c_stride; ++j) {
       const float got = c[static_cast<std::size_t>(i * product.c_stride + j)];
       SCOPED_TRACE(testing::Message() << i << ", " << j);
-      if (j >= n) {
-        ASSERT_EQ(got, kUntouched);
+      if (j >= m) {
+        ASSERT_EQ(got, j < detail::panel_rows(m) ? 0.f : kUntouched);  // panels end with rows of 0
         continue;
       }
       double sum = 0.0, magnitude = 0.0;
@@ -72,10 +74,10 @@ TEST(PanelProductsBits, DoNotDependOnWhichOtherRowsThereAre) {
   const std::vector<float> wanted = all.run();
   for (const Index i : {0, 5, 6, 12}) {
     for (const Index j : {0, 15, 16, 36}) {
-      float alone = 0.f;
-      detail::multiply_transposed(all.a.data() + i * all.a_stride, all.a_stride, 1, all.b.data() + j * all.b_stride,
-                                  all.b_stride, 1, all.k, &alone, 1);
-      EXPECT_EQ(alone, wanted[static_cast<std::size_t>(i * all.c_stride + j)]) << i << " " << j;
+      Product alone(1, 1, 100);
+      alone.a.assign(all.a.begin() + i * all.a_stride, all.a.begin() + (i + 1) * all.a_stride);
+      alone.b.assign(all.b.begin() + j * all.b_stride, all.b.begin() + (j + 1) * all.b_stride);
+      EXPECT_EQ(alone.run()[0], wanted[static_cast<std::size_t>(i * all.c_stride + j)]) << i << " " << j;
     }
   }
 }
@@ -84,8 +86,8 @@ TEST(PanelProductsNumbers, ARowWithNanSpoilsItsOwnProductsOnly) {
   Product product(7, 20, 33);
   product.b[static_cast<std::size_t>(4 * product.b_stride + 7)] = std::nanf("");
   const std::vector<float> c = product.run();
-  for (Index i = 0; i < product.m; ++i) {
-    for (Index j = 0; j < product.n; ++j) {
+  for (Index i = 0; i < product.n; ++i) {
+    for (Index j = 0; j < product.m; ++j) {
       EXPECT_EQ(std::isnan(c[static_cast<std::size_t>(i * product.c_stride + j)]), j == 4) << i << " " << j;
     }
   }
@@ -99,16 +101,27 @@ TYPED_TEST_SUITE(MultiplyKeys, KeyTypes);
 TYPED_TEST(MultiplyKeys, MultipliesWhatTheViewReads) {
   constexpr LayerShape kShape{2, 1, 64, 32};
   constexpr Index kRows = 50, kFirst = 3, kCount = 41, kQueries = 7;
+  constexpr Index kStride = detail::panel_rows(kQueries), kKeyStride = detail::panel_rows(kCount);
   const auto cache = make_cache<TypeParam>(kShape, kRows);
   Random random(8);
   const std::vector<float> queries = normals(kQueries * kShape.key_dim, random);
-  std::vector<float> keys(kCount * kShape.key_dim), scratch(keys.size());
+  std::vector<float> keys(kCount * kShape.key_dim), scratch(detail::kPanelKeys * kShape.key_dim);
+  std::vector<float> panels(static_cast<std::size_t>(kStride * kShape.key_dim)), panel(panels.size());
   cache.read_keys(1, kFirst, kCount, keys);
-  std::vector<float> got(kQueries * kCount), wanted(got.size());
-  detail::multiply_keys(queries.data(), kQueries, cache, 1, kFirst, kCount, scratch, got.data(), kCount);
-  detail::multiply_transposed(queries.data(), kShape.key_dim, kQueries, keys.data(), kShape.key_dim, kCount,
-                              kShape.key_dim, wanted.data(), kCount);
+  detail::make_panels(queries.data(), kShape.key_dim, kQueries, kShape.key_dim, panels.data());
+  std::vector<float> got(kCount * kStride), wanted(got.size()), turned(kQueries * kKeyStride);
+  detail::multiply_panels(keys.data(), kShape.key_dim, kCount, panels.data(), kQueries, kShape.key_dim, wanted.data(),
+                          kStride);
+  detail::multiply_keys_by_panels(cache, 1, kFirst, kCount, panels.data(), kQueries, scratch, got.data(), kStride);
   EXPECT_EQ(got, wanted);
+  scratch.resize(static_cast<std::size_t>(detail::kPanelWidth * kShape.key_dim));
+  detail::multiply_keys(queries.data(), kQueries, cache, 1, kFirst, kCount, scratch, panel, turned.data(), kKeyStride);
+  for (Index i = 0; i < kQueries; ++i) {
+    for (Index j = 0; j < kCount; ++j) {
+      EXPECT_EQ(turned[static_cast<std::size_t>(i * kKeyStride + j)], wanted[static_cast<std::size_t>(j * kStride + i)])
+          << i << " " << j;
+    }
+  }
 }
 
 }  // namespace

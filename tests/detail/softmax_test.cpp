@@ -1,5 +1,6 @@
 #include <kvfold/detail/softmax.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <limits>
@@ -76,6 +77,94 @@ TEST(ExpShifted, DoesNotDependOnWhereANumberLies) {
   std::vector<float> x(100, -1.2345f);
   exp_shifted(x.data() + 1, 99, 0.f);
   for (std::size_t i = 2; i < x.size(); ++i) ASSERT_EQ(x[i], x[1]) << i;
+}
+
+/// A tile of logits with a gap after kLanes columns.
+struct Tile {
+  static constexpr Index kStride = kLanes + 5;
+  Index n;
+  std::vector<float> x;
+
+  explicit Tile(Index n_) : n(n_) {
+    test::Random random(static_cast<std::uint64_t>(n));
+    x = test::normals(n * kStride, random, 5.f);
+  }
+  [[nodiscard]] float& at(Index j, Index i) { return x[static_cast<std::size_t>(j * kStride + i)]; }
+};
+
+TEST(HideColumns, LeavesEachQueryTheRowsThatItSees) {
+  Tile tile(11);
+  const Tile before = tile;
+  std::int32_t seen[kLanes];
+  for (Index i = 0; i < kLanes; ++i) seen[i] = static_cast<std::int32_t>(i * 5 % 12);  // from none to all
+  hide_columns(tile.x.data(), Tile::kStride, tile.n, seen);
+  for (Index j = 0; j < tile.n; ++j) {
+    for (Index i = 0; i < Tile::kStride; ++i) {
+      const bool hidden = i < kLanes && j >= seen[i];
+      EXPECT_EQ(tile.at(j, i), hidden ? -std::numeric_limits<float>::infinity() : Tile(before).at(j, i)) << j << i;
+    }
+  }
+}
+
+TEST(MaxOfColumns, IsTheLargestOfEachAndNoneForHiddenOnes) {
+  for (const Index n : {1, 2, 3, 4, 5, 7, 8, 96}) {
+    Tile tile(n);
+    for (Index j = 0; j < n; ++j) tile.at(j, kLanes - 1) = -std::numeric_limits<float>::infinity();
+    const Lanes got = max_of_columns(tile.x.data(), Tile::kStride, n);
+    for (Index i = 0; i < kLanes; ++i) {
+      float most = kNoMax;
+      for (Index j = 0; j < n; ++j) most = std::max(most, tile.at(j, i));
+      EXPECT_EQ(got[i], most) << n << " " << i;
+    }
+  }
+}
+
+TEST(ExpColumns, ReplaceNumbersByTheirExpsAndAddEachColumnUp) {
+  Tile tile(9);
+  tile.at(3, 1) = -std::numeric_limits<float>::infinity();
+  Tile before = tile;
+  Lanes shift;
+  for (Index i = 0; i < kLanes; ++i) shift[i] = static_cast<float>(i) - 2.f;
+  const Lanes sums = exp_columns(tile.x.data(), Tile::kStride, tile.n, shift);
+  for (Index i = 0; i < Tile::kStride; ++i) {
+    double sum = 0.0;
+    for (Index j = 0; j < tile.n; ++j) {
+      if (i >= kLanes) {
+        EXPECT_EQ(tile.at(j, i), before.at(j, i));
+        continue;
+      }
+      const double wanted = std::exp(static_cast<double>(before.at(j, i) - shift[i]));
+      EXPECT_NEAR(static_cast<double>(tile.at(j, i)), wanted, 1.5e-7 * wanted);
+      sum += wanted;
+    }
+    if (i < kLanes) {
+      EXPECT_NEAR(static_cast<double>(sums[i]), sum, 1e-6 * sum) << i;
+    }
+  }
+  EXPECT_EQ(tile.at(3, 1), 0.f);
+}
+
+TEST(AddRowSums, AddWhatEachRowOfATileSumsUpTo) {
+  for (const Index width : {kLanes, 3 * kLanes}) {
+    const Index stride = width + 5;
+    for (Index n = 1; n <= 2 * kLanes + 3; ++n) {
+      test::Random random(static_cast<std::uint64_t>(n));
+      const std::vector<float> x = test::normals(n * stride, random), factor = test::normals(width, random);
+      std::vector<float> to(static_cast<std::size_t>(n + 1), 2.f);
+      add_row_sums(x.data(), stride, n, factor.data(), width, to.data());
+      for (Index j = 0; j < n; ++j) {
+        double sum = 2.0, magnitude = 2.0;
+        for (Index i = 0; i < width; ++i) {
+          const double term = static_cast<double>(x[static_cast<std::size_t>(j * stride + i)]) *
+                              static_cast<double>(factor[static_cast<std::size_t>(i)]);
+          sum += term;
+          magnitude += std::abs(term);
+        }
+        EXPECT_NEAR(static_cast<double>(to[static_cast<std::size_t>(j)]), sum, 1e-6 * magnitude) << n << " " << j;
+      }
+      EXPECT_EQ(to.back(), 2.f) << n;
+    }
+  }
 }
 
 TEST(JoinSoftmax, IsTheSoftmaxOfAllTiles) {

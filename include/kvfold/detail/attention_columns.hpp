@@ -82,22 +82,26 @@ struct LaneSums {
   }
 };
 
+/// Rows of the cache whose weights are made together, which stay in the first cache: whole groups of the kernels.
+inline constexpr Index kColumnTile = 96;
+static_assert(kColumnTile % kPanelKeys == 0 && kColumnTile % kLanes == 0 && kQueryTile % kPanelWidth == 0);
+
 /// Scratch of one worker for a `ColumnAccumulator`.
 struct ColumnScratch {
   std::span<float> queries;   // [kQueryTile][D]
-  std::span<float> keys;      // [kPanelWidth][D]
-  std::span<float> weights;   // [tiles, or 1 where log-sum-exps are given][kQueryTile][kKeyTile]
+  std::span<float> panels;    // [kQueryTile / kPanelWidth][D][kPanelWidth] the same
+  std::span<float> keys;      // [kPanelKeys][D]
+  std::span<float> weights;   // [tiles, or 1 where log-sum-exps are given][kColumnTile][kQueryTile]
   std::span<float> tile_max;  // [tiles][kQueryTile]
-  std::span<float> partial;   // [kKeyTile]
 
   static ColumnScratch take(Arena& arena, Index dim, Index rows, bool one_pass) noexcept {
-    const Index tiles = (rows + kKeyTile - 1) / kKeyTile;
+    const Index tiles = (rows + kColumnTile - 1) / kColumnTile;
     ColumnScratch s;
     s.queries = arena.take<float>(kQueryTile, dim);
-    s.keys = arena.take<float>(kPanelWidth, dim);
-    s.weights = arena.take<float>(one_pass ? 1 : tiles, kQueryTile, kKeyTile);
+    s.panels = arena.take<float>(kQueryTile, dim);
+    s.keys = arena.take<float>(kPanelKeys, dim);
+    s.weights = arena.take<float>(one_pass ? 1 : tiles, kColumnTile, kQueryTile);
     s.tile_max = arena.take<float>(one_pass ? 0 : tiles, kQueryTile);
-    s.partial = arena.take<float>(kKeyTile);
     return s;
   }
 };
@@ -136,11 +140,12 @@ class ColumnAccumulator {
       one_pass_ = one_pass_ && (segment.range.count == 0 || segment.log_sum_exp != nullptr);
     }
     if (total == 0) return {};
-    // Blocks of one size, the same number in each lane; few queries take no more lanes than they fill blocks.
+    // Blocks of whole panels, but the last one, and as many in each lane; few queries take no more lanes than they fill
+    // blocks.
     const Index lanes = std::min(lane_.count, (total - 1) / kQueryTile + 1);
     if (lane_.index >= lanes) return {};
     const Index rounds = (total - 1) / (kQueryTile * lanes) + 1;
-    const Index block = (total - 1) / (rounds * lanes) + 1;
+    const Index block = panel_rows((total - 1) / (rounds * lanes) + 1);
     for (Index first = lane_.index * block; first < total; first += lanes * block) {
       if (Status bad = load_block(first, std::min(block, total - first)); !bad.ok()) return bad;
       if (Status bad = one_pass_ ? one_step() : two_step(); !bad.ok()) return bad;
@@ -149,108 +154,119 @@ class ColumnAccumulator {
   }
 
  private:
-  // Rows of a block are (query, query head of the group), in this order: neighbours see alike.
+  // A block is `count_` (query, query head of the group) in this order, of which those of one head lie together. The
+  // columns after them, up to whole panels, have finite weights and a factor of 0.
   Status load_block(Index first, Index count) noexcept {
     count_ = count;
+    columns_of_tile_ = panel_rows(count);
     first_ = first;
     most_visible_ = 0;
     const QuerySegment* segment = segments_.data();
-    Index before = 0;  // queries of the segments before this one
+    Index before = 0, visible = 0;  // before: queries of the segments before this one
     for (Index r = 0; r < count; ++r) {
-      const Index k = (first + r) / group_, q = h_ * group_ + group_of(r);
+      const Index k = (first + r) / group_, g = (first + r) % group_, q = h_ * group_ + g;
       for (; k >= before + segment->range.count; ++segment) before += segment->range.count;
       const QueryRows& queries = segment->queries;
       const Index i = segment->range.first + (k - before) * segment->range.step;
-      query_[r] = i;
-      std::copy_n(queries.row(q, i), dim_, s_.queries.data() + r * dim_);
-      visible_[r] = r > 0 && group_of(r) > 0 ? visible_[r - 1] : visible_rows(view_, h_, queries.positions[at(i)]);
-      most_visible_ = std::max(most_visible_, visible_[r]);
-      if (one_pass_) log_sum_exp_[r] = segment->log_sum_exp[q * segment->log_sum_exp_stride + i];
+      if (r == 0 || g == 0) visible = visible_rows(view_, h_, queries.positions[at(i)]);
+      const Index column = column_of(r % group_) + r / group_;
+      query_[column] = i;
+      visible_[column] = visible;
+      std::copy_n(queries.row(q, i), dim_, s_.queries.data() + column * dim_);
+      if (one_pass_) log_sum_exp_[column] = segment->log_sum_exp[q * segment->log_sum_exp_stride + i];
     }
     if (!all_finite(s_.queries.data(), count * dim_)) {
       return {StatusCode::not_finite, "queries", "has a NaN or an infinity", h_, query_[0]};
     }
     scale(s_.queries.data(), count * dim_, segment->queries.logit_scale());
+    make_panels(s_.queries.data(), dim_, count, dim_, s_.panels.data());
+    most_visible_ = *std::max_element(visible_, visible_ + count);
+    least_visible_ = *std::min_element(visible_, visible_ + count);
+    std::fill(visible_ + count, visible_ + columns_of_tile_, most_visible_);
     return {};
   }
 
-  [[nodiscard]] Index group_of(Index r) const noexcept { return (first_ + r) % group_; }
+  /// The first column of the query head that comes up as number d in the block.
+  [[nodiscard]] Index column_of(Index d) const noexcept { return d * (count_ / group_) + std::min(d, count_ % group_); }
   [[nodiscard]] float row_weight() const noexcept {
     return column_count_ == 1 ? weight_ / static_cast<float>(group_) : weight_;
   }
 
-  /// Logits of the block for rows [t, t + n) into a tile of weights. Tiles lie one after the other in memory: rows of a
-  /// whole head's length would put a tile's rows a power of two apart, in the same few lines of the caches.
+  /// Rows of the tile that begins with row t, those that some query of the block sees.
+  [[nodiscard]] Index rows_of_tile(Index t) const noexcept { return std::min(kColumnTile, most_visible_ - t); }
+
+  /// Logits of the block for rows [t, t + n) into a tile of weights, [n][columns_of_tile_]: -infinity for what a query
+  /// does not see. Tiles lie one after the other in memory: rows of a whole head's length would put a tile's rows a
+  /// power of two apart, in the same few lines of the caches.
   Status logits(Index t, Index n, float* out) noexcept {
-    multiply_keys(s_.queries.data(), count_, view_, h_, t, n, s_.keys, out, kKeyTile);
+    multiply_keys_by_panels(view_, h_, t, n, s_.panels.data(), count_, s_.keys, out, columns_of_tile_);
     if constexpr (HasLogMass<V>) add_log_masses(t, n, out);
-    // A key that is not finite makes every logit in its column so: one row shows it.
-    if (!all_finite(out, n)) return {StatusCode::not_finite, "keys", "has a NaN or an infinity", h_, t};
+    // A key that is not finite makes every logit in its row so: one column shows it.
+    bool finite = true;
+    for (Index j = 0; j < n; ++j) finite = finite & std::isfinite(out[j * columns_of_tile_]);
+    if (!finite) return {StatusCode::not_finite, "keys", "has a NaN or an infinity", h_, t};
+    for (Index c = 0; t + n > least_visible_ && c < columns_of_tile_; c += kLanes) {
+      std::int32_t seen[kLanes];
+      for (Index i = 0; i < kLanes; ++i) {
+        seen[i] = static_cast<std::int32_t>(std::clamp<Index>(visible_[c + i] - t, 0, n));
+      }
+      hide_columns(out + c, columns_of_tile_, n, seen);
+    }
     return {};
   }
 
-  void add_log_masses(Index t, Index n, float* out) noexcept {
-    bool any = false;
+  void add_log_masses(Index t, Index n, float* out) const noexcept {
     for (Index j = 0; j < n; ++j) {
-      s_.partial[at(j)] = log_mass_of(view_, h_, t + j);
-      any = any || s_.partial[at(j)] != 0.f;
+      const float mass = log_mass_of(view_, h_, t + j);
+      if (mass == 0.f) continue;
+      float* row = out + j * columns_of_tile_;
+      for (Index c = 0; c < columns_of_tile_; c += kLanes) store_lanes(load_lanes(row + c) + mass, row + c);
     }
-    for (Index r = 0; any && r < count_; ++r) add(out + r * kKeyTile, s_.partial.data(), n);
   }
 
-  [[nodiscard]] Index visible_in(Index r, Index t, Index n) const noexcept {
-    return std::clamp<Index>(visible_[r] - t, 0, n);
-  }
-
-  [[nodiscard]] float* weight_tile(Index t) const noexcept { return s_.weights.data() + t * kQueryTile; }
+  [[nodiscard]] float* weight_tile(Index t) const noexcept { return s_.weights.data() + t * columns_of_tile_; }
 
   Status two_step() noexcept {
     float tile_sum[kQueryTile] = {}, row_max[kQueryTile] = {};
     std::fill_n(row_max, count_, kNoMax);
     std::fill_n(row_sum_, count_, 0.f);
-    for (Index t = 0; t < most_visible_; t += kKeyTile) {
-      const Index n = std::min(kKeyTile, rows_ - t);
+    for (Index t = 0; t < most_visible_; t += kColumnTile) {
+      const Index n = rows_of_tile(t);
       float* tile = weight_tile(t);
-      float* tile_max = s_.tile_max.data() + t / kKeyTile * kQueryTile;
+      float* tile_max = s_.tile_max.data() + t / kColumnTile * kQueryTile;
       if (Status bad = logits(t, n, tile); !bad.ok()) return bad;
-      for (Index r = 0; r < count_; ++r) {
-        float* w = tile + r * kKeyTile;
-        const Index seen = visible_in(r, t, n);
-        std::fill(w + seen, w + n, 0.f);
-        tile_max[r] = kNoMax;
-        tile_sum[r] = 0.f;
-        if (seen == 0) continue;
-        tile_max[r] = max_of(w, seen);
-        if (!std::isfinite(tile_max[r])) return {StatusCode::not_finite, "keys", "a logit overflows", h_, t};
-        tile_sum[r] = exp_shifted(w, seen, tile_max[r]);
-        if (!std::isfinite(tile_sum[r])) return {StatusCode::not_finite, "keys", "a logit overflows", h_, t};
+      for (Index c = 0; c < columns_of_tile_; c += kLanes) {
+        const Lanes most = max_of_columns(tile + c, columns_of_tile_, n);
+        store_lanes(most, tile_max + c);
+        store_lanes(exp_columns(tile + c, columns_of_tile_, n, most), tile_sum + c);
+      }
+      if (!all_finite(tile_max, count_) || !all_finite(tile_sum, count_)) {
+        return {StatusCode::not_finite, "keys", "a logit overflows", h_, t};
       }
       join_softmax(tile_max, tile_sum, count_, row_max, row_sum_);
     }
     float row_scale[kQueryTile] = {};
     for (Index r = 0; r < count_; ++r) row_scale[r] = row_sum_[r] > 0.f ? row_weight() / row_sum_[r] : 0.f;
-    for (Index t = 0; t < most_visible_; t += kKeyTile) {
-      const float* tile_max = s_.tile_max.data() + t / kKeyTile * kQueryTile;
+    for (Index t = 0; t < most_visible_; t += kColumnTile) {
+      const float* tile_max = s_.tile_max.data() + t / kColumnTile * kQueryTile;
       exp_factors(tile_max, row_max, row_scale, count_, factor_);
-      add_tile(t, std::min(kKeyTile, rows_ - t), weight_tile(t));
+      add_tile(t, rows_of_tile(t), weight_tile(t));
     }
     return {};
   }
 
   Status one_step() noexcept {
-    std::fill_n(row_sum_, count_, 0.f);
+    std::fill_n(row_sum_, columns_of_tile_, 0.f);
     std::fill_n(factor_, count_, row_weight());
-    for (Index t = 0; t < most_visible_; t += kKeyTile) {
-      const Index n = std::min(kKeyTile, rows_ - t);
-      if (Status bad = logits(t, n, s_.weights.data()); !bad.ok()) return bad;
-      for (Index r = 0; r < count_; ++r) {
-        float* w = s_.weights.data() + r * kKeyTile;
-        const Index seen = visible_in(r, t, n);
-        std::fill(w + seen, w + n, 0.f);
-        if (seen == 0) continue;
-        row_sum_[r] += exp_shifted(w, seen, log_sum_exp_[r]);
+    for (Index t = 0; t < most_visible_; t += kColumnTile) {
+      const Index n = rows_of_tile(t);
+      float* tile = s_.weights.data();
+      if (Status bad = logits(t, n, tile); !bad.ok()) return bad;
+      for (Index c = 0; c < columns_of_tile_; c += kLanes) {
+        const Lanes sums = exp_columns(tile + c, columns_of_tile_, n, load_lanes(log_sum_exp_ + c));
+        store_lanes(load_lanes(row_sum_ + c) + sums, row_sum_ + c);
       }
-      add_tile(t, n, s_.weights.data());
+      add_tile(t, n, tile);
     }
     // A softmax sums to 1: anything else means that the log-sum-exp is of other queries or keys.
     for (Index r = 0; r < count_; ++r) {
@@ -262,17 +278,19 @@ class ColumnAccumulator {
     return {};
   }
 
-  /// columns[t, t + n) += factor of row r * weights of row r. Summed over the block first: small numbers meet small
-  /// ones.
+  /// columns[t, t + n) += factor of column r * weights of column r. Summed over the block first: small numbers meet
+  /// small ones.
   void add_tile(Index t, Index n, const float* weights) noexcept {
-    for (Index c = 0; c < column_count_; ++c) {
-      // Rows of query head c are every G-th one of a block, whose first row may be of another head.
-      const Index step = column_count_ == 1 ? 1 : group_;
-      const Index first = column_count_ == 1 ? 0 : (c - first_ % group_ + group_) % group_;
-      std::fill_n(s_.partial.data(), n, 0.f);
-      add_rows(weights + first * kKeyTile, step * kKeyTile, factor_ + first, step, (count_ - first + step - 1) / step,
-               n, s_.partial.data());
-      add(columns_.data() + c * rows_ + t, s_.partial.data(), n);
+    const Index heads = column_count_ == 1 ? 1 : std::min(group_, count_);
+    for (Index d = 0; d < heads; ++d) {
+      const Index begin = column_of(d), end = heads == 1 ? count_ : column_of(d + 1);
+      const Index from = begin / kLanes * kLanes;  // whole lanes, of which those of other heads have a factor of 0
+      const Index width = (end - from + kLanes - 1) / kLanes * kLanes;
+      float factor[kQueryTile];
+      std::fill_n(factor, width, 0.f);
+      std::copy(factor_ + begin, factor_ + end, factor + (begin - from));
+      const Index c = column_count_ == 1 ? 0 : (first_ + d) % group_;
+      add_row_sums(weights + from, columns_of_tile_, n, factor, width, columns_.data() + c * rows_ + t);
     }
   }
 
@@ -285,7 +303,8 @@ class ColumnAccumulator {
   Index column_count_;
   Lane lane_;
   Index group_, dim_, rows_;
-  Index first_ = 0, count_ = 0, most_visible_ = 0;
+  Index first_ = 0, count_ = 0, columns_of_tile_ = 0;
+  Index most_visible_ = 0, least_visible_ = 0;
   bool one_pass_ = true;
   Index query_[kQueryTile] = {}, visible_[kQueryTile] = {};
   float log_sum_exp_[kQueryTile] = {};

@@ -74,7 +74,8 @@ void few_dots_of(const RoundedRows& a, Index row, const E* b, Index n, Index k, 
   }
   for (Index first = 0; first < n; first += kColumns) {
     const FewColumns<kColumns, E> of(b, units, first, n);
-    Lanes sums[kLanes] = {};
+    Lanes sums[kLanes];
+    clear(sums);
     for (Index u = 0; u < units; ++u) {
       fetch_ahead<kBytes>(of.row[0], u * kBytes);
       Lanes scale[kLanes];

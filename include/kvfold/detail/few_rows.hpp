@@ -56,48 +56,6 @@ template <Stored E>
   return elements * static_cast<Index>(sizeof(E)) / kUnit<E>;
 }
 
-/// Adds the lower half of every segment to its upper half: the segments of x, then those of y, half as wide as before.
-template <Index kSegment, std::size_t... i>
-[[nodiscard]] Lanes fold_segments(Lanes x, Lanes y, std::index_sequence<i...>) noexcept {
-  constexpr auto source = [](Index lane, Index upper) {
-    constexpr Index kHalf = kSegment / 2, kInEach = kLanes / kSegment;
-    const Index segment = lane / kHalf;
-    return static_cast<int>(segment / kInEach * kLanes + segment % kInEach * kSegment + upper * kHalf + lane % kHalf);
-  };
-  return __builtin_shufflevector(x, y, source(i, 0)...) + __builtin_shufflevector(x, y, source(i, 1)...);
-}
-
-/// Adds halves of groups of four lanes, which processors do fastest: the first time to (x, y, x, y), then to (x, x, y, y).
-template <bool kFirst, std::size_t... i>
-[[nodiscard]] Lanes fold_groups(Lanes x, Lanes y, std::index_sequence<i...>) noexcept {
-  constexpr auto source = [](Index lane, Index upper) {
-    const Index in_group = lane % 4, from_y = kFirst ? in_group % 2 : in_group / 2;
-    const Index place = kFirst ? in_group / 2 : in_group % 2;
-    return static_cast<int>(from_y * kLanes + lane / 4 * 4 + upper * 2 + place);
-  };
-  return __builtin_shufflevector(x, y, source(i, 0)...) + __builtin_shufflevector(x, y, source(i, 1)...);
-}
-
-/// Lane i of the result is the sum of the lanes of x[i]; there are kLanes of them when it is called.
-template <std::size_t kCount>
-[[nodiscard, gnu::always_inline]] inline Lanes sums_of_each(const Lanes (&x)[kCount]) noexcept {
-  constexpr auto kSize = static_cast<Index>(kCount);
-  constexpr auto kIndices = std::make_index_sequence<kLanes>{};
-  if constexpr (kCount == 1) {
-    return x[0];
-  } else {
-    Lanes folded[kCount / 2];
-    for (std::size_t i = 0; i < kCount / 2; ++i) {
-      if constexpr (kSize > kLanes / 4) {
-        folded[i] = fold_groups<kSize == kLanes>(x[2 * i], x[2 * i + 1], kIndices);
-      } else {
-        folded[i] = fold_segments<4 * kSize>(x[2 * i], x[2 * i + 1], kIndices);
-      }
-    }
-    return sums_of_each(folded);
-  }
-}
-
 inline constexpr Index kMostFewRows = 4, kMostWidth = 8;  ///< of one pass of the kernels below
 /// Rows that `add_few` goes over several times, for a part of their columns each time: they stay in the first cache.
 inline constexpr Index kFewDepth = 16;
@@ -135,7 +93,8 @@ void few_dots_of(const float* a, Index a_stride, const E* b, Index n, Index k, f
   constexpr Index kColumns = kFewColumns<kRows>;
   for (Index first = 0; first < n; first += kColumns) {
     const FewColumns<kColumns, E> of(b, k, first, n);
-    Lanes sums[kLanes] = {};
+    Lanes sums[kLanes];
+    clear(sums);
     Index d = 0;
     for (; d + kLanes <= k; d += kLanes) {
       fetch_ahead<bytes_of<E>(kColumns * kLanes)>(of.row[0], bytes_of<E>(kColumns * d));
@@ -158,6 +117,28 @@ void few_dots_of(const float* a, Index a_stride, const E* b, Index n, Index k, f
       }
     }
     for (Index i = 0; i < kRows; ++i) of.store(out + i * kColumns, c + i * c_stride + first);
+  }
+}
+
+/// to[i] = x times row places[i] of rows [..][width], for n places.
+inline void dots_at(const float* x, const float* rows, Index width, const RowId* places, Index n, float* to) noexcept {
+  for (Index first = 0; first < n; first += kLanes) {
+    const Index count = std::min(kLanes, n - first);
+    const float* row[kLanes];
+    for (Index j = 0; j < kLanes; ++j) row[j] = rows + places[first + std::min(j, count - 1)] * width;
+    Lanes sums[kLanes];
+    clear(sums);
+    Index d = 0;
+    for (; d + kLanes <= width; d += kLanes) {
+      const Lanes own = load_lanes(x + d);
+      for (Index j = 0; j < kLanes; ++j) sums[j] = own * load_lanes(row[j] + d) + sums[j];
+    }
+    float out[kLanes];
+    store_lanes(sums_of_each(sums), out);
+    for (; d < width; ++d) {
+      for (Index j = 0; j < kLanes; ++j) out[j] += x[d] * row[j][d];
+    }
+    store_first_lanes(load_lanes(out), count, to + first);
   }
 }
 

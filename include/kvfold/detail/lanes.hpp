@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "kvfold/types.hpp"
 
@@ -66,6 +67,13 @@ inline void fetch_line(const void* from, Index offset) noexcept {
 [[nodiscard]] inline Lanes smaller(Lanes x, Lanes y) noexcept { return x > y ? y : x; }
 #endif
 
+/// All of x = 0. Of a loop, or of `= {}`, g++ makes a call or an instruction that sets memory, for registers.
+template <std::size_t n>
+[[gnu::always_inline]] inline void clear(Lanes (&x)[n]) noexcept {
+  [&]<std::size_t... i>(std::index_sequence<i...>) { ((x[i] = Lanes{}), ...); }
+  (std::make_index_sequence<n>{});
+}
+
 [[nodiscard]] inline float sum_of_lanes(Lanes x) noexcept {
   float part[kLanes];
   store_lanes(x, part);
@@ -73,6 +81,48 @@ inline void fetch_line(const void* from, Index offset) noexcept {
     for (Index i = 0; i < half; ++i) part[i] += part[half + i];
   }
   return part[0];
+}
+
+/// Adds the lower half of every segment to its upper half: the segments of x, then those of y, half as wide as before.
+template <Index kSegment, std::size_t... i>
+[[nodiscard]] Lanes fold_segments(Lanes x, Lanes y, std::index_sequence<i...>) noexcept {
+  constexpr auto source = [](Index lane, Index upper) {
+    constexpr Index kHalf = kSegment / 2, kInEach = kLanes / kSegment;
+    const Index segment = lane / kHalf;
+    return static_cast<int>(segment / kInEach * kLanes + segment % kInEach * kSegment + upper * kHalf + lane % kHalf);
+  };
+  return __builtin_shufflevector(x, y, source(i, 0)...) + __builtin_shufflevector(x, y, source(i, 1)...);
+}
+
+/// Adds halves of groups of four lanes, which processors do fastest: the first time to (x, y, x, y), then to (x, x, y, y).
+template <bool kFirst, std::size_t... i>
+[[nodiscard]] Lanes fold_groups(Lanes x, Lanes y, std::index_sequence<i...>) noexcept {
+  constexpr auto source = [](Index lane, Index upper) {
+    const Index in_group = lane % 4, from_y = kFirst ? in_group % 2 : in_group / 2;
+    const Index place = kFirst ? in_group / 2 : in_group % 2;
+    return static_cast<int>(from_y * kLanes + lane / 4 * 4 + upper * 2 + place);
+  };
+  return __builtin_shufflevector(x, y, source(i, 0)...) + __builtin_shufflevector(x, y, source(i, 1)...);
+}
+
+/// Lane i of the result is the sum of the lanes of x[i]; there are kLanes of them when it is called.
+template <std::size_t kCount>
+[[nodiscard, gnu::always_inline]] inline Lanes sums_of_each(const Lanes (&x)[kCount]) noexcept {
+  constexpr auto kSize = static_cast<Index>(kCount);
+  constexpr auto kIndices = std::make_index_sequence<kLanes>{};
+  if constexpr (kCount == 1) {
+    return x[0];
+  } else {
+    Lanes folded[kCount / 2];
+    for (std::size_t i = 0; i < kCount / 2; ++i) {
+      if constexpr (kSize > kLanes / 4) {
+        folded[i] = fold_groups<kSize == kLanes>(x[2 * i], x[2 * i + 1], kIndices);
+      } else {
+        folded[i] = fold_segments<4 * kSize>(x[2 * i], x[2 * i + 1], kIndices);
+      }
+    }
+    return sums_of_each(folded);
+  }
 }
 
 /// The first `count` lanes, 1 to kLanes of them, and a number in the others.

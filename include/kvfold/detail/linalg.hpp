@@ -49,9 +49,6 @@ inline void add_product(const float* a, Index a_stride, Index m, const float* b,
 [[nodiscard]] inline float max_of(const float* x, Index n) noexcept { return ConstFloats(x, n).maxCoeff(); }
 [[nodiscard]] inline float min_of(const float* x, Index n) noexcept { return ConstFloats(x, n).minCoeff(); }
 
-[[nodiscard]] inline float dot(const float* x, const float* y, Index n) noexcept {
-  return ConstFloats(x, n).matrix().dot(ConstFloats(y, n).matrix());
-}
 /// Whether all of x are finite and at least 0: the bits of such numbers are below those of all others but -0.
 [[nodiscard]] inline bool all_weights(const float* x, Index n) noexcept {
   std::uint32_t bad = 0;

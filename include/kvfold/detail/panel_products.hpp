@@ -19,6 +19,11 @@ namespace kvfold::detail {
 inline constexpr Index kPanelWidth = 2 * kLanes, kPanelHeight = 6;
 inline constexpr Index kPanelDepth = 256;  ///< columns of a panel, which stays in the first cache
 
+/// `rows` rounded up to whole panels.
+[[nodiscard]] constexpr Index panel_rows(Index rows) noexcept {
+  return (rows + kPanelWidth - 1) / kPanelWidth * kPanelWidth;
+}
+
 /// Lanes of x and y in turn, within each group of four: of the lower two lanes, or of the upper ones.
 template <bool kUpper, std::size_t... i>
 [[nodiscard, gnu::always_inline]] inline Lanes interleave(Lanes x, Lanes y, std::index_sequence<i...>) noexcept {
@@ -80,22 +85,32 @@ inline void make_panel(const float* rows, Index stride, Index count, Index depth
   }
 }
 
+/// `count` rows as panels, one after the other.
+/// \param panels [panel_rows(count) / kPanelWidth][depth][kPanelWidth]
+inline void make_panels(const float* rows, Index stride, Index count, Index depth, float* panels) noexcept {
+  for (Index i = 0; i < count; i += kPanelWidth) {
+    make_panel(rows + i * stride, stride, std::min(kPanelWidth, count - i), depth, panels + i * depth);
+  }
+}
+
 /// kRows rows of a times a panel, written to c or added to it.
 template <Index kRows>
 void multiply_panel(const float* a, Index a_stride, const float* panel, Index depth, bool add, float* c,
                     Index c_stride) noexcept {
-  Lanes sums[kPanelHeight][2] = {};
+  Lanes left[kPanelHeight], right[kPanelHeight];
+  clear(left);
+  clear(right);
   for (Index d = 0; d < depth; ++d) {
     const Lanes x = load_lanes(panel + d * kPanelWidth), y = load_lanes(panel + d * kPanelWidth + kLanes);
     for (Index i = 0; i < kRows; ++i) {
-      sums[i][0] = a[i * a_stride + d] * x + sums[i][0];
-      sums[i][1] = a[i * a_stride + d] * y + sums[i][1];
+      left[i] = a[i * a_stride + d] * x + left[i];
+      right[i] = a[i * a_stride + d] * y + right[i];
     }
   }
   for (Index i = 0; i < kRows; ++i) {
     float* to = c + i * c_stride;
-    store_lanes(add ? load_lanes(to) + sums[i][0] : sums[i][0], to);
-    store_lanes(add ? load_lanes(to + kLanes) + sums[i][1] : sums[i][1], to + kLanes);
+    store_lanes(add ? load_lanes(to) + left[i] : left[i], to);
+    store_lanes(add ? load_lanes(to + kLanes) + right[i] : right[i], to + kLanes);
   }
 }
 
@@ -105,39 +120,28 @@ struct Ahead {
   const void* address = nullptr;
   Index offset = 0, bytes = 0;
 
-  /// Part i of n: a little at a time, since what is asked for all at once is waited for.
-  void fetch(Index i, Index n) const noexcept {
+  /// Parts i to i + count of n: a little at a time, since what is asked for all at once is waited for.
+  void fetch(Index i, Index n, Index count = 1) const noexcept {
     const Index lines = (bytes + kCacheLine - 1) / kCacheLine;
-    for (Index line = lines * i / n; line < lines * (i + 1) / n; ++line) {
+    for (Index line = lines * i / n; line < lines * (i + count) / n; ++line) {
       fetch_line(address, offset + line * kCacheLine);
     }
   }
 };
 
-/// c = a * b^T for a [m][k], b [n][k], c [m][n], all row-major with the given row strides.
-inline void multiply_transposed(const float* a, Index a_stride, Index m, const float* b, Index b_stride, Index n,
-                                Index k, float* c, Index c_stride, Ahead ahead = {}) noexcept {
-  alignas(64) float panel[kPanelDepth * kPanelWidth], products[kPanelHeight * kPanelWidth];
-  const Index groups = (m + kPanelHeight - 1) / kPanelHeight;
-  for (Index j = 0; j < n; j += kPanelWidth) {
-    const Index width = std::min(kPanelWidth, n - j);
-    for (Index first = 0; first < k; first += kPanelDepth) {
-      const Index depth = std::min(kPanelDepth, k - first);
-      make_panel(b + j * b_stride + first, b_stride, width, depth, panel);
-      for_groups_of_rows<kPanelHeight>(m, [&](Index i, auto height) {
-        if (j + first == 0) ahead.fetch(i / kPanelHeight, groups);
-        const float* rows = a + i * a_stride + first;
-        float* to = c + i * c_stride + j;
-        if (width == kPanelWidth) {
-          return multiply_panel<height()>(rows, a_stride, panel, depth, first > 0, to, c_stride);
-        }
-        multiply_panel<height()>(rows, a_stride, panel, depth, false, products, kPanelWidth);
-        for (Index r = 0; r < height(); ++r) {
-          for (Index x = 0; x < width; ++x) {
-            float& sum = to[r * c_stride + x];
-            sum = products[r * kPanelWidth + x] + (first > 0 ? sum : 0.f);
-          }
-        }
+/// c[j][i] = row j times row i of panels, for n rows and m (rounded up) of the panels.
+///
+/// A few rows at a time, which stay in the first cache with one of the panels.
+inline void multiply_panels(const float* rows, Index row_stride, Index n, const float* panels, Index m, Index depth,
+                            float* c, Index c_stride, Ahead ahead = {}) noexcept {
+  for (Index j = 0; j < m; j += kPanelWidth) {
+    for (Index first = 0; first < depth; first += kPanelDepth) {
+      const float* panel = panels + j * depth + first * kPanelWidth;
+      const Index part = std::min(kPanelDepth, depth - first);
+      for_groups_of_rows<kPanelHeight>(n, [&](Index i, auto height) {
+        if (first == 0) ahead.fetch(j / kPanelWidth * n + i, n * panel_rows(m) / kPanelWidth, height());
+        multiply_panel<height()>(rows + i * row_stride + first, row_stride, panel, part, first > 0,
+                                 c + i * c_stride + j, c_stride);
       });
     }
   }
@@ -155,16 +159,33 @@ template <KVCacheView V>
   return {};
 }
 
-/// c = a * keys^T for a [m][D], keys [t, t + n) of head h, c [m][n] with a row stride. Keys that are not stored as floats
-/// are converted a panel at a time. \param scratch [kPanelWidth][D]
+/// c[i][j] = row i of a [m][D] times key t + j of head h, for n keys, rounded up to whole panels. Few enough rows of a
+/// that making panels of keys takes less than panels of them would save.
+/// \param scratch, panel [kPanelWidth][D]
 template <KVCacheView V>
 void multiply_keys(const float* a, Index m, const V& view, Index h, Index t, Index n, std::span<float> scratch,
-                   float* c, Index c_stride) noexcept {
+                   std::span<float> panel, float* c, Index c_stride) noexcept {
   const Index width = view.shape().key_dim;
   for (Index j = 0; j < n; j += kPanelWidth) {
     const Index count = std::min(kPanelWidth, n - j);
+    make_panel(key_tile(view, h, t + j, count, scratch), width, count, width, panel.data());
+    multiply_panels(a, width, m, panel.data(), count, width, c + j, c_stride, keys_after(view, h, t + j, count));
+  }
+}
+
+/// Rows of keys that are converted and multiplied with all panels at a time: whole groups, which stay in the first cache.
+inline constexpr Index kPanelKeys = 4 * kPanelHeight;
+
+/// c[j][i] = key t + j of head h times row i of panels, for n keys and m rows. \param scratch [kPanelKeys][D]
+template <KVCacheView V>
+void multiply_keys_by_panels(const V& view, Index h, Index t, Index n, const float* panels, Index m,
+                             std::span<float> scratch, float* c, Index c_stride) noexcept {
+  const Index width = view.shape().key_dim;
+  for (Index j = 0; j < n; j += kPanelKeys) {
+    const Index count = std::min(kPanelKeys, n - j);
     const float* keys = key_tile(view, h, t + j, count, scratch);
-    multiply_transposed(a, width, m, keys, width, count, width, c + j, c_stride, keys_after(view, h, t + j, count));
+    multiply_panels(keys, width, count, panels, m, width, c + j * c_stride, c_stride,
+                    keys_after(view, h, t + j, count));
   }
 }
 

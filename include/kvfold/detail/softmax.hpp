@@ -3,6 +3,7 @@
 /// the dot products before them. Eigen's exp has twice as many instructions.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <limits>
@@ -75,6 +76,58 @@ inline void exp_factors(const float* x, const float* max, const float* scale, In
     const auto load = [&](const float* from) { return load_first_lanes(from + i, count, 0.f); };
     store_first_lanes(load(scale) * exp_lanes(load(x) - load(max)), count, factor + i);
   }
+}
+
+// Tiles of logits [n rows of the cache][stride], with a column for each query row: what follows is of kLanes of these
+// columns, so that nothing has to be taken from one lane to another.
+
+/// Makes -infinity of what queries do not see: of column i all but the first seen[i] rows.
+inline void hide_columns(float* x, Index stride, Index n, const std::int32_t* seen) noexcept {
+  using Integers [[gnu::vector_size(sizeof(Lanes))]] = std::int32_t;
+  Integers left;
+  for (Index i = 0; i < kLanes; ++i) left[i] = seen[i];
+  for (Index j = *std::min_element(seen, seen + kLanes); j < n; ++j) {
+    const Integers visible = left > static_cast<std::int32_t>(j);
+    const Lanes hidden = Lanes{} - std::numeric_limits<float>::infinity();
+    store_lanes(visible ? load_lanes(x + j * stride) : hidden, x + j * stride);
+  }
+}
+
+/// The largest of each column, at least `kNoMax`.
+[[nodiscard]] inline Lanes max_of_columns(const float* x, Index stride, Index n) noexcept {
+  constexpr Index kAtATime = 4;  // since one has to wait for the one before
+  Lanes most[kAtATime];
+  std::fill_n(most, kAtATime, Lanes{} + kNoMax);
+  Index j = 0;
+  for (; j + kAtATime <= n; j += kAtATime) {
+    for (Index i = 0; i < kAtATime; ++i) most[i] = larger(most[i], load_lanes(x + (j + i) * stride));
+  }
+  for (; j < n; ++j) most[0] = larger(most[0], load_lanes(x + j * stride));
+  return larger(larger(most[0], most[1]), larger(most[2], most[3]));
+}
+
+/// x = exp(x - shift); \returns the columns' sums.
+inline Lanes exp_columns(float* x, Index stride, Index n, Lanes shift) noexcept {
+  Lanes sums = {};
+  for (Index j = 0; j < n; ++j) {
+    const Lanes e = exp_lanes(load_lanes(x + j * stride) - shift);
+    store_lanes(e, x + j * stride);
+    sums += e;
+  }
+  return sums;
+}
+
+/// to[j] += the sum of factor[i] * x[j][i], for n rows of x and `width` columns, whole lanes of them.
+inline void add_row_sums(const float* x, Index stride, Index n, const float* factor, Index width, float* to) noexcept {
+  for_groups_of_rows<kLanes>(n, [&](Index j, auto rows) {
+    Lanes sums[kLanes];
+    clear(sums);
+    for (Index i = 0; i < width; i += kLanes) {
+      const Lanes f = load_lanes(factor + i);
+      for (Index r = 0; r < rows(); ++r) sums[r] = load_lanes(x + (j + r) * stride + i) * f + sums[r];
+    }
+    store_first_lanes(load_first_lanes(to + j, rows(), 0.f) + sums_of_each(sums), rows(), to + j);
+  });
 }
 
 }  // namespace kvfold::detail

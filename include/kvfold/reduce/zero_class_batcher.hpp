@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "kvfold/detail/arena.hpp"
+#include "kvfold/detail/few_rows.hpp"
 #include "kvfold/detail/linalg.hpp"
 #include "kvfold/detail/panel_products.hpp"
 #include "kvfold/detail/rope.hpp"
@@ -114,6 +115,7 @@ class ZeroClassBatcher {
   static constexpr Index kMostPieces = 4;              // of a tile: what of the centres is loaded serves them all
   static constexpr Index kTasks = 16;                  // tiles of a layer that are better than large ones
   static constexpr Index kCentreTile = detail::kKeyTile;
+  static_assert(kCentreTile % detail::kPanelWidth == 0);
   /// Products round by their place in a tile, so what is closer than fp32 can tell is a tie.
   static constexpr float kTie = 1e-6f;
   /// More than by what the rounded cosine of two unit vectors may be above 1.
@@ -124,6 +126,7 @@ class ZeroClassBatcher {
   struct Scratch {
     std::span<float> keys, values;                // [kMostPieces * kPiece][D], [kMostPieces * kPiece][E]
     std::span<float> centre_keys, centre_values;  // [kCentreTile][D], [kCentreTile][E]
+    std::span<float> key_panels, value_panels;    // the same as panels
     std::span<float> key_sim, value_sim;          // [kPiece][kCentreTile]
     std::span<float> inverse;                     // [kMostPieces * kPiece]
     std::span<float> best;                        // [kMostPieces * kPiece]
@@ -136,6 +139,8 @@ class ZeroClassBatcher {
       s.values = arena.take<float>(most, shape.value_dim);
       s.centre_keys = arena.take<float>(kCentreTile, shape.key_dim);
       s.centre_values = arena.take<float>(kCentreTile, shape.value_dim);
+      s.key_panels = arena.take<float>(kCentreTile, shape.key_dim);
+      s.value_panels = arena.take<float>(kCentreTile, shape.value_dim);
       s.key_sim = arena.take<float>(kPiece, kCentreTile);
       s.value_sim = arena.take<float>(kPiece, kCentreTile);
       s.inverse = arena.take<float>(most);
@@ -157,14 +162,17 @@ class ZeroClassBatcher {
   Status assign_tile(const V& view, Index h, std::span<const RowId> candidates, std::span<const RowId> centres,
                      const Scratch& s, std::span<RowId> out) const noexcept {
     const auto rows = static_cast<Index>(candidates.size());
+    const LayerShape shape = view.shape();
     if (Status bad = load_directions(view, h, candidates, s.keys, s.values, s.inverse); !bad.ok()) return bad;
     std::fill_n(s.best.begin(), rows, options_.tau);
     for (Index first = 0; first < static_cast<Index>(centres.size()); first += kCentreTile) {
       const Index count = std::min(kCentreTile, static_cast<Index>(centres.size()) - first);
       const auto tile = centres.subspan(detail::at(first), detail::at(count));
       if (Status bad = load_directions(view, h, tile, s.centre_keys, s.centre_values, s.inverse); !bad.ok()) return bad;
+      detail::make_panels(s.centre_values.data(), shape.value_dim, count, shape.value_dim, s.value_panels.data());
+      bool has_key_panels = false;
       for (Index row = 0; row < rows; row += kPiece) {
-        compare(view.shape(), s, row, std::min(kPiece, rows - row), first, count, out);
+        compare(shape, s, row, std::min(kPiece, rows - row), first, count, has_key_panels, out);
       }
     }
     return {};
@@ -172,10 +180,10 @@ class ZeroClassBatcher {
 
   /// Candidates [row, row + rows) of the tile with the `count` centres that are loaded, of which `first` is the first.
   static void compare(const LayerShape& shape, const Scratch& s, Index row, Index rows, Index first, Index count,
-                      std::span<RowId> out) noexcept {
+                      bool& has_key_panels, std::span<RowId> out) noexcept {
     const float* keys = s.keys.data() + row * shape.key_dim;
-    detail::multiply_transposed(s.values.data() + row * shape.value_dim, shape.value_dim, rows, s.centre_values.data(),
-                                shape.value_dim, count, shape.value_dim, s.value_sim.data(), kCentreTile);
+    detail::multiply_panels(s.values.data() + row * shape.value_dim, shape.value_dim, rows, s.value_panels.data(),
+                            count, shape.value_dim, s.value_sim.data(), kCentreTile);
     const auto least_of = [&](Index j) { return s.best[detail::at(row + j)] / kMostCosine; };
     Index pairs = 0, above[kPiece];
     for (Index j = 0; j < rows; ++j) {
@@ -184,8 +192,12 @@ class ZeroClassBatcher {
     if (pairs == 0) return;
     const bool all = pairs * kPairShare > rows * count;
     if (all) {
-      detail::multiply_transposed(keys, shape.key_dim, rows, s.centre_keys.data(), shape.key_dim, count, shape.key_dim,
-                                  s.key_sim.data(), kCentreTile);
+      if (!has_key_panels) {
+        detail::make_panels(s.centre_keys.data(), shape.key_dim, count, shape.key_dim, s.key_panels.data());
+        has_key_panels = true;
+      }
+      detail::multiply_panels(keys, shape.key_dim, rows, s.key_panels.data(), count, shape.key_dim, s.key_sim.data(),
+                              kCentreTile);
     }
     for (Index j = 0; j < rows; ++j) {
       float* sim = s.key_sim.data() + j * kCentreTile;
@@ -198,11 +210,8 @@ class ZeroClassBatcher {
       } else if (above[j] > 0) {
         RowId places[kCentreTile];
         detail::places_above(value_sim, count, least_of(j), places);
-        for (Index i = 0; i < above[j]; ++i) {
-          const float key_sim =
-              detail::dot(keys + j * shape.key_dim, s.centre_keys.data() + places[i] * shape.key_dim, shape.key_dim);
-          sim[i] = std::max(key_sim, 0.f) * std::max(value_sim[places[i]], 0.f);
-        }
+        detail::dots_at(keys + j * shape.key_dim, s.centre_keys.data(), shape.key_dim, places, above[j], sim);
+        for (Index i = 0; i < above[j]; ++i) sim[i] = std::max(sim[i], 0.f) * std::max(value_sim[places[i]], 0.f);
         if (const Index i = choose(sim, above[j], best, winner); i >= 0) {
           winner = static_cast<RowId>(first + places[i] + 1);
         }
