@@ -20,7 +20,10 @@ TEST(CountAbove, AndPlacesAreOfTheSameNumbers) {
       }
       const Index count = count_above(x.data(), n, least);
       ASSERT_EQ(count, static_cast<Index>(wanted.size()));
+      places.resize(static_cast<std::size_t>(n + kPlacesBeyond), RowId{-7});
+      places.push_back(RowId{-8});
       places_above(x.data(), n, least, places.data());
+      EXPECT_EQ(places.back(), RowId{-8});
       places.resize(wanted.size());
       EXPECT_EQ(places, wanted);
     }

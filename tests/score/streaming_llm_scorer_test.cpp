@@ -1,8 +1,7 @@
-#include <kvfold/budget/budget_policy.hpp>
+#include <kvfold/detail/row_ranks.hpp>
 #include <kvfold/score/streaming_llm_scorer.hpp>
 
 #include <algorithm>
-#include <iterator>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -23,12 +22,13 @@ TEST(StreamingLlm, KeepsTheFirstSAndTheLastRowsOfAnyBudget) {
   const auto cache = make_cache({1, 1, 4, 4}, 30);
   const Scored scored = run_score(StreamingLlmScorer({.sinks = 4}), cache, NoEvidence{});
   for (const Index budget : {1, 3, 4, 5, 12, 30}) {
-    std::vector<detail::Rank> ranks(30);
-    detail::rank_rows(scored.score, scored.protection, ranks);
-    detail::select_best(ranks, budget);
+    std::vector<detail::Rank> scratch(30);
+    const detail::RowRanks rank(scored.score, scored.protection, scratch);
+    const detail::Rank lowest = rank.lowest_of_best(budget);
     std::vector<RowId> rows;
-    std::transform(ranks.begin(), ranks.begin() + budget, std::back_inserter(rows), detail::row_of);
-    std::sort(rows.begin(), rows.end());
+    for (Index t = 0; t < 30; ++t) {
+      if (rank[t] >= lowest) rows.push_back(static_cast<RowId>(t));
+    }
     std::vector<RowId> wanted;
     for (Index t = 0; t < 30; ++t) {
       const bool sink = t < std::min<Index>(budget, 4), last = t >= 30 - (budget - 4);

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "kvfold/budget/budget_policy.hpp"
+#include "kvfold/detail/row_ranks.hpp"
 #include "kvfold/exec/executor.hpp"
 
 namespace kvfold {
@@ -139,23 +140,20 @@ class AdaptiveHeadBudget {
     const auto scores = place.table->scores(place.head);
     const auto marks = place.table->protections(place.head);
     const Index count = claims_of(*place.table, place.head, floor, left);
-    detail::rank_rows(scores, marks, ranks);
-    detail::select_best(ranks, floor + count);
-    detail::select_best(ranks.first(detail::at(floor + count)), floor);
+    const detail::RowRanks rank(scores, marks, ranks);
+    const detail::Rank lowest_kept = rank.lowest_of_best(floor), lowest = rank.lowest_of_best(floor + count);
     double sum = 0.0;
-    for (std::size_t t = 0; t < scores.size(); ++t) {
-      if (marks[t] == Protection::none) sum += static_cast<double>(scores[t]);
-    }
-    const auto row_of = [](detail::Rank r) { return detail::at(detail::row_of(r)); };
-    for (const detail::Rank r :
-         ranks.subspan(detail::at(floor))) {  // protected rows beyond the floor claim like others
-      if (marks[row_of(r)] != Protection::none) sum += static_cast<double>(scores[row_of(r)]);
+    std::size_t made = 0;
+    for (Index t = 0; t < rank.rows(); ++t) {
+      const float score = scores[detail::at(t)];
+      const bool is_kept = rank[t] >= lowest_kept;
+      // Protected rows beyond the floor claim like others.
+      if (marks[detail::at(t)] == Protection::none || !is_kept) sum += static_cast<double>(score);
+      if (!is_kept && rank[t] >= lowest) claims[made++] = {score, static_cast<RowId>(head), static_cast<RowId>(t)};
     }
     const double inverse = sum > 0.0 ? 1.0 / sum : 0.0;
-    for (std::size_t i = 0; i < detail::at(count); ++i) {
-      const detail::Rank r = ranks[detail::at(floor) + i];
-      claims[i] = {static_cast<float>(static_cast<double>(scores[row_of(r)]) * inverse), static_cast<RowId>(head),
-                   detail::row_of(r)};
+    for (Claim& claim : claims.first(made)) {
+      claim.share = static_cast<float>(static_cast<double>(claim.share) * inverse);
     }
   }
 

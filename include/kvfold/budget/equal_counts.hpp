@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kvfold/budget/budget_policy.hpp"
+#include "kvfold/detail/row_ranks.hpp"
 #include "kvfold/exec/executor.hpp"
 
 namespace kvfold::detail {
@@ -41,15 +42,15 @@ struct EqualCountsScratch {
     scratch.shares[at(h)] = 0.0;
     if (budgets[at(h)] == count) return;
     const auto scores = table.scores(h);
-    const auto ranks = scratch.ranks.subspan(at(table.offset[at(h)]), scores.size());
-    const Index fewer = std::min(budgets[at(h)], count), more = std::max(budgets[at(h)], count);
-    rank_rows(scores, table.protections(h), ranks);
-    select_best(ranks, more);
-    select_best(ranks.first(at(more)), fewer);
+    const RowRanks rank(scores, table.protections(h), scratch.ranks.subspan(at(table.offset[at(h)]), scores.size()));
+    const Rank lowest_of_fewer = rank.lowest_of_best(std::min(budgets[at(h)], count));
+    const Rank lowest_of_more = rank.lowest_of_best(std::max(budgets[at(h)], count));
     double all = 0.0, between = 0.0;
-    for (const float s : scores) all += static_cast<double>(s);
-    for (const Rank r : ranks.subspan(at(fewer), at(more - fewer)))
-      between += static_cast<double>(scores[at(row_of(r))]);
+    for (Index t = 0; t < rank.rows(); ++t) {
+      const auto score = static_cast<double>(scores[at(t)]);
+      all += score;
+      if (rank[t] >= lowest_of_more && rank[t] < lowest_of_fewer) between += score;
+    }
     if (all > 0.0) scratch.shares[at(h)] = (budgets[at(h)] > count ? between : -between) / all;
   };
   executor.run(table.heads(), task);

@@ -67,6 +67,21 @@ inline void fetch_line(const void* from, Index offset) noexcept {
 [[nodiscard]] inline Lanes smaller(Lanes x, Lanes y) noexcept { return x > y ? y : x; }
 #endif
 
+/// Bit i tells whether lane i of x is above that of y.
+[[nodiscard]] inline std::uint32_t lanes_above(Lanes x, Lanes y) noexcept {
+#if defined(__AVX512BW__)
+  return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ);
+#elif defined(__AVX__)
+  return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_GT_OQ)));
+#elif defined(__SSE2__)
+  return static_cast<std::uint32_t>(_mm_movemask_ps(_mm_cmpgt_ps(x, y)));
+#else
+  std::uint32_t bits = 0;
+  for (Index i = 0; i < kLanes; ++i) bits |= static_cast<std::uint32_t>(x[i] > y[i]) << i;
+  return bits;
+#endif
+}
+
 /// All of x = 0. Of a loop, or of `= {}`, g++ makes a call or an instruction that sets memory, for registers.
 template <std::size_t n>
 [[gnu::always_inline]] inline void clear(Lanes (&x)[n]) noexcept {

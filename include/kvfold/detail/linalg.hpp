@@ -10,6 +10,7 @@
 
 #include <Eigen/Core>
 
+#include "kvfold/detail/lanes.hpp"
 #include "kvfold/types.hpp"
 
 namespace kvfold::detail {
@@ -64,11 +65,23 @@ inline void add_product(const float* a, Index a_stride, Index m, const float* b,
   for (Index i = 0; i < n; ++i) count += x[i] > least ? 1 : 0;
   return count;
 }
-/// Where they are; `places` has room for n. Without branches, since few are and nobody can foresee which.
+/// How many places `places_above` may write beyond those that it finds.
+inline constexpr Index kPlacesBeyond = 4;
+/// Where they are. Places are taken four at a time, found or not, since nobody can foresee how many there are.
+/// \param places has room for n + kPlacesBeyond
 inline void places_above(const float* x, Index n, float least, RowId* places) noexcept {
-  for (Index i = 0; i < n; ++i) {
-    *places = static_cast<RowId>(i);
-    places += x[i] > least ? 1 : 0;
+  for (Index i = 0; i < n; i += kLanes) {
+    const Lanes some = load_first_lanes(x + i, std::min(kLanes, n - i), least);
+    std::uint32_t above = lanes_above(some, Lanes{} + least);
+    RowId* const end = places + std::popcount(above);
+    do {
+      for (Index k = 0; k < kPlacesBeyond; ++k) {
+        places[k] = static_cast<RowId>(i) + std::countr_zero(above);
+        above &= above - 1;
+      }
+      places += kPlacesBeyond;
+    } while (above != 0);
+    places = end;
   }
 }
 

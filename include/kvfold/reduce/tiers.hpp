@@ -7,6 +7,7 @@
 
 #include "kvfold/budget/budget_policy.hpp"
 #include "kvfold/detail/linalg.hpp"
+#include "kvfold/detail/row_ranks.hpp"
 #include "kvfold/exec/executor.hpp"
 #include "kvfold/types.hpp"
 
@@ -46,7 +47,7 @@ struct Tiers {
   std::span<RowId> candidates;
   std::span<RowFate> fate;     // [sum of T_h]
   std::span<RowId> row_class;  // [sum of T_h]
-  std::span<Rank> ranks;       // [sum of T_h] scratch of the ranking
+  std::span<Rank> ranks;       // [sum of T_h] scratch
   std::span<float> share;      // [2 * H] kept and candidate share of the head's score
 
   [[nodiscard]] std::span<const RowId> kept_of(Index h) const noexcept {
@@ -88,44 +89,50 @@ struct Tiers {
 /// Ranks one head and fills its part of the tiers.
 inline void rank_head(const ScoreTable& table, Index h, const CandidateRule& rule, const Tiers& tiers) noexcept {
   const auto scores = table.scores(h);
-  const auto ranks = tiers.ranks.subspan(at(tiers.row_offset[at(h)]), scores.size());
+  const auto scratch = tiers.ranks.subspan(at(tiers.row_offset[at(h)]), scores.size());
+  const RowRanks rank(scores, table.protections(h), scratch);
   const Index budget = tiers.kept_offset[at(h + 1)] - tiers.kept_offset[at(h)];
-  Index room = tiers.candidate_offset[at(h + 1)] - tiers.candidate_offset[at(h)];
-  rank_rows(scores, table.protections(h), ranks);
-  select_best(ranks, budget + room);
-  select_best(ranks.first(at(budget + room)), budget);
-  const auto above = ranks.first(at(budget)), below = ranks.subspan(at(budget), at(room));
-
-  double all = 0.0, kept = 0.0, merged = 0.0;
-  for (const float s : scores) all += static_cast<double>(s);
-  for (const Rank r : above) kept += static_cast<double>(scores[at(row_of(r))]);
-  if (rule.mass_share > 0.f) {
-    std::sort(below.begin(), below.end(), std::greater<>{});
-    Index used = 0;
-    for (double held = kept; used < room && held < static_cast<double>(rule.mass_share) * all; ++used) {
-      held += static_cast<double>(scores[at(row_of(below[at(used)]))]);
-    }
-    room = used;
-  }
-  for (const Rank r : below.first(at(room))) merged += static_cast<double>(scores[at(row_of(r))]);
-  tiers.candidate_count[at(h)] = room;
-  tiers.share[at(2 * h)] = static_cast<float>(all > 0.0 ? kept / all : 1.0);
-  tiers.share[at(2 * h + 1)] = static_cast<float>(all > 0.0 ? merged / all : 0.0);
+  const Index room = tiers.candidate_offset[at(h + 1)] - tiers.candidate_offset[at(h)];
+  const Rank lowest_kept = rank.lowest_of_best(budget), lowest_candidate = rank.lowest_of_best(budget + room);
 
   const auto kept_rows = tiers.kept.subspan(at(tiers.kept_offset[at(h)]), at(budget));
   const auto candidate_rows = tiers.candidates.subspan(at(tiers.candidate_offset[at(h)]), at(room));
-  std::transform(above.begin(), above.end(), kept_rows.begin(), row_of);
-  std::transform(below.begin(), below.begin() + room, candidate_rows.begin(), row_of);
-  std::sort(kept_rows.begin(), kept_rows.end());
-  std::sort(candidate_rows.begin(), candidate_rows.end());
   const auto fate = tiers.fate_of(h);
   const auto row_class = tiers.class_of(h);
   std::fill(fate.begin(), fate.end(), RowFate::evicted);
   std::fill(row_class.begin(), row_class.end(), RowId{-1});
-  for (std::size_t slot = 0; slot < kept_rows.size(); ++slot) {
-    fate[at(kept_rows[slot])] = RowFate::kept;
-    row_class[at(kept_rows[slot])] = static_cast<RowId>(slot);
+  std::size_t kept_count = 0, candidate_count = 0;
+  double all = 0.0, kept = 0.0, merged = 0.0;
+  for (Index t = 0; t < rank.rows(); ++t) {
+    const auto score = static_cast<double>(scores[at(t)]);
+    all += score;
+    if (rank[t] < lowest_candidate) continue;
+    if (rank[t] >= lowest_kept) {
+      kept += score;
+      fate[at(t)] = RowFate::kept;
+      row_class[at(t)] = static_cast<RowId>(kept_count);
+      kept_rows[kept_count++] = static_cast<RowId>(t);
+    } else {
+      merged += score;
+      candidate_rows[candidate_count++] = static_cast<RowId>(t);
+    }
   }
+  if (rule.mass_share > 0.f) {
+    const auto more_important = [&](RowId a, RowId b) { return rank[a] > rank[b]; };
+    std::sort(candidate_rows.begin(), candidate_rows.end(), more_important);
+    merged = 0.0;
+    candidate_count = 0;
+    for (double held = kept; candidate_count < candidate_rows.size(); ++candidate_count) {
+      if (held >= static_cast<double>(rule.mass_share) * all) break;
+      const auto score = static_cast<double>(scores[at(candidate_rows[candidate_count])]);
+      held += score;
+      merged += score;
+    }
+    std::sort(candidate_rows.begin(), candidate_rows.begin() + static_cast<Index>(candidate_count));
+  }
+  tiers.candidate_count[at(h)] = static_cast<Index>(candidate_count);
+  tiers.share[at(2 * h)] = static_cast<float>(all > 0.0 ? kept / all : 1.0);
+  tiers.share[at(2 * h + 1)] = static_cast<float>(all > 0.0 ? merged / all : 0.0);
 }
 
 [[nodiscard]] inline Status check_reduce_call(Index heads, Index rows, const ScoreTable& table,

@@ -208,7 +208,7 @@ class ZeroClassBatcher {
         detail::multiply_clamped(sim, value_sim, count);
         if (const Index c = choose(sim, count, best, winner); c >= 0) winner = static_cast<RowId>(first + c + 1);
       } else if (above[j] > 0) {
-        RowId places[kCentreTile];
+        RowId places[kCentreTile + detail::kPlacesBeyond];
         detail::places_above(value_sim, count, least_of(j), places);
         detail::dots_at(keys + j * shape.key_dim, s.centre_keys.data(), shape.key_dim, places, above[j], sim);
         for (Index i = 0; i < above[j]; ++i) sim[i] = std::max(sim[i], 0.f) * std::max(value_sim[places[i]], 0.f);
