@@ -82,6 +82,43 @@ TEST(Attend, ReadsEveryStorageType) {
   expect_oracle(ragged_cache<BFloat16, float>(shape, 150), queries.view());
 }
 
+TEST(Attend, ReadsRowsWithScalesOfTheirOwn) {
+  constexpr LayerShape kShape{3, 2, 40, 24};
+  expect_oracle(ragged_cache<Int8>(kShape, 150), make_queries(kShape, 4, 150).view());
+  expect_oracle(ragged_cache<Int8>(kShape, 3000), make_queries(kShape, 1, 3000).view());
+  expect_oracle(ragged_cache<Int8, float>(kShape, 700), make_queries(kShape, 2, 700).view());
+  expect_oracle(ragged_cache<BFloat16, Int8>(kShape, 700), make_queries(kShape, 2, 700).view());
+}
+
+TEST(Attend, FindsScalesWhereTheEngineHasThem) {
+  constexpr Index H = 2, T = 600, D = 24, E = 40;
+  constexpr LayerShape kShape{H, 3, D, E};
+  Random random(6);
+  std::vector<Int8> keys(H * T * D), values(H * T * E);
+  for (std::vector<Int8>* all : {&keys, &values}) {
+    for (Int8& x : *all) x.value = static_cast<std::int8_t>(random.below(255) - 127);
+  }
+  std::vector<float> scales(2 * H * T);
+  for (float& s : scales) s = 0.01f + 1e-4f * static_cast<float>(random.below(100));
+  std::vector<Index> rows{T, 411};
+  const ScaleStrides by_head{T, 1}, by_token{1, H}, one_per_head{1, 0}, one{};
+  for (const auto& [key_scales, value_scales] :
+       {std::pair(by_head, by_head), std::pair(by_token, by_head), std::pair(by_head, by_token),
+        std::pair(one_per_head, by_token), std::pair(by_token, one)}) {
+    const StridedView<const Int8> view{.layer = kShape,
+                                       .keys = keys.data(),
+                                       .key_strides = Strides::head_major(T, D),
+                                       .values = values.data(),
+                                       .value_strides = Strides::head_major(T, E),
+                                       .rows = rows,
+                                       .key_scales = scales.data(),
+                                       .key_scale_strides = key_scales,
+                                       .value_scales = scales.data() + H * T,
+                                       .value_scale_strides = value_scales};
+    for (const Index queries : {1, 2, 30}) expect_oracle(view, make_queries(kShape, queries, T).view());
+  }
+}
+
 TEST(Attend, ReadsEveryLayout) {
   constexpr Index H = 2, T = 140, D = 12, E = 20, capacity = 150;
   Random random(9);

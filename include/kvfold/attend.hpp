@@ -49,6 +49,7 @@ struct AttendScratch {
   std::span<float> weights;  // [kQueryTile][kKeyTile] or [kFewQueries][kFewKeys]
   std::span<float> out;      // [kQueryTile][E]
   std::span<float> masses;   // [kKeyTile] or [kFewKeys]
+  std::span<float> scales;   // [kFewKeys]
 
   static AttendScratch take(Arena& arena, const LayerShape& shape) noexcept {
     AttendScratch s;
@@ -60,6 +61,7 @@ struct AttendScratch {
     s.weights = arena.take<float>(std::max(kQueryTile * kKeyTile, kFewQueries * kFewKeys));
     s.out = arena.take<float>(kQueryTile, shape.value_dim);
     s.masses = arena.take<float>(std::max(kKeyTile, kFewKeys));
+    s.scales = arena.take<float>(kFewKeys);
     return s;
   }
 };
@@ -213,7 +215,11 @@ class AttendBlock {
       }
     };
     if constexpr (HasStoredRows<V>) {
-      if (read_in_lanes(view_.stored_keys(h_, t, n), [&](const auto* keys) { dots(keys, 0, n); })) return;
+      const auto in_place = [&](const auto* keys) {
+        dots(keys, 0, n);
+        if constexpr (HasStoredScales<V>) scale_columns(view_.stored_key_scales(h_, t), n);
+      };
+      if (read_in_lanes(view_.stored_keys(h_, t, n), in_place)) return;
     }
     for (Index first = 0; first < n; first += kFewTile) {
       const Index m = std::min(kFewTile, n - first);
@@ -231,12 +237,23 @@ class AttendBlock {
       add_few(s_.weights.data() + first, tile_, count_, values, m, width, s_.out.data(), width);
     };
     if constexpr (HasStoredRows<V>) {
-      if (read_in_lanes(view_.stored_values(h_, t, n), [&](const auto* values) { add(values, 0, n); })) return;
+      const auto in_place = [&](const auto* values) {
+        if constexpr (HasStoredScales<V>) scale_columns(view_.stored_value_scales(h_, t), n);
+        add(values, 0, n);
+      };
+      if (read_in_lanes(view_.stored_values(h_, t, n), in_place)) return;
     }
     for (Index first = 0; first < n; first += kFewTile) {
       const Index m = std::min(kFewTile, n - first);
       add(value_tile(view_, h_, t + first, m, s_.values), first, m);
     }
+  }
+
+  /// Logits times the scales of n keys, or weights times those of values.
+  void scale_columns(const StoredScales& scales, Index n) noexcept {
+    if (scales.data == nullptr) return;
+    for (Index j = 0; j < n; ++j) s_.scales[at(j)] = scales.data[j * scales.stride];
+    for (Index r = 0; r < count_; ++r) multiply(s_.weights.data() + r * tile_, s_.scales.data(), n);
   }
 
   /// Whether keys are multiplied as the integers that they are stored as, with rounded queries.

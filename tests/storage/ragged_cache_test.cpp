@@ -342,6 +342,17 @@ TYPED_TEST(RaggedCacheTest, RowsAreGivenAsTheyAreStored) {
   EXPECT_EQ(to_float(cache.stored_values(1, 2, 2)[kShape.value_dim]), value_of(1, 3, 0));
 }
 
+TYPED_TEST(RaggedCacheTest, StoredRowsHaveNoScalesButThoseOfInt8) {
+  const auto cache = TestFixture::make(4);
+  EXPECT_EQ(cache.stored_key_scales(1, 2).data, nullptr);
+  EXPECT_EQ(cache.stored_value_scales(1, 2).data, nullptr);
+  const auto scaled = test::make_cache<Int8>(kShape, 5);
+  std::vector<float> row(static_cast<std::size_t>(kShape.key_dim));
+  scaled.read_keys(1, 3, 1, row);
+  const StoredScales scales = scaled.stored_key_scales(1, 2);
+  EXPECT_EQ(scales.data[scales.stride] * static_cast<float>(scaled.stored_keys(1, 3, 1)[1].value), row[1]);
+}
+
 TYPED_TEST(RaggedCacheTest, ReservedRoomMakesAppendingFreeOfAllocation) {
   auto cache = TestFixture::make(2);
   ASSERT_TRUE(cache.reserve(30).ok());

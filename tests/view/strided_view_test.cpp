@@ -557,10 +557,17 @@ TEST(StridedViewOfBlocks, IsCompressedInPlace) {
   EXPECT_EQ(engine.rows[0] + engine.rows[1], 20);
 }
 
-TEST(StridedViewOfBlocks, BlocksAreGivenAsTheyAreStoredAndRowsWithScalesAreNot) {
+TEST(StridedViewOfBlocks, BlocksAndRowsWithScalesAreGivenAsTheyAreStored) {
   QuantisedEngine<BlockQ8_0, Int8> engine;
-  EXPECT_EQ(engine.view().stored_keys(1, 3, 4), &engine.keys[(kRows + 3) * 2]);
-  EXPECT_EQ(engine.view().stored_values(1, 3, 4), nullptr);
+  const auto view = engine.view();
+  EXPECT_EQ(view.stored_keys(1, 3, 4), &engine.keys[(kRows + 3) * 2]);
+  EXPECT_EQ(view.stored_key_scales(1, 3).data, nullptr);
+  EXPECT_EQ(view.stored_values(1, 3, 4), &engine.values[(kRows + 3) * 32]);
+  EXPECT_EQ(view.stored_value_scales(1, 3).data, &engine.value_scales[kRows + 3]);
+  EXPECT_EQ(view.stored_value_scales(1, 3).stride, 1);
+  QuantisedEngine<Float8E4M3, Float8E4M3> scaled_by_head;
+  EXPECT_EQ(scaled_by_head.view().stored_key_scales(1, 3).data, &scaled_by_head.key_scales[1]);
+  EXPECT_EQ(scaled_by_head.view().stored_key_scales(1, 3).stride, 0);
 }
 
 }  // namespace

@@ -20,14 +20,17 @@ namespace kvfold::detail {
 /// Whether rows of E can be read by `load_lanes_of`.
 template <Stored E>
 inline constexpr bool kHasLanes = std::same_as<E, float> || std::same_as<E, BFloat16> ||
-                                  (std::same_as<E, Float16> && kHasWideLoads);
+                                  (kHasWideLoads && (std::same_as<E, Float16> || std::same_as<E, Int8>));
 
+/// kLanes stored numbers, before any scale.
 template <Stored E>
 [[nodiscard]] Lanes load_lanes_of(const E* from) noexcept {
   if constexpr (std::same_as<E, float>) {
     return load_lanes(from);
   } else if constexpr (std::same_as<E, BFloat16>) {
     return load_bf16_lanes(from);
+  } else if constexpr (std::same_as<E, Int8>) {
+    return load_i8_lanes(from);
   } else {
     return load_f16_lanes(from);
   }
@@ -112,7 +115,7 @@ void few_dots_of(const float* a, Index a_stride, const E* b, Index n, Index k, f
     store_lanes(sums_of_each(sums), out);
     for (; d < k; ++d) {
       for (Index j = 0; j < kColumns; ++j) {
-        const float y = to_float(of.row[j][d]);
+        const float y = load_unit(of.row[j][d]);
         for (Index i = 0; i < kRows; ++i) out[i * kColumns + j] += a[i * a_stride + d] * y;
       }
     }
@@ -176,7 +179,7 @@ void add_few_of(const float* a, Index a_stride, const E* b, Index k, Index n, fl
   first = add_few_of<kRows, 1>(a, a_stride, b, k, n, c, c_stride, first);
   for (; first < n; ++first) {
     for (Index j = 0; j < k; ++j) {
-      const float y = to_float(b[j * n + first]);
+      const float y = load_unit(b[j * n + first]);
       for (Index i = 0; i < kRows; ++i) c[i * c_stride + first] += a[i * a_stride + j] * y;
     }
   }

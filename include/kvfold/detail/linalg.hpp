@@ -86,6 +86,7 @@ inline void places_above(const float* x, Index n, float least, RowId* places) no
 }
 
 inline void scale(float* x, Index n, float factor) noexcept { Floats(x, n) *= factor; }
+inline void multiply(float* x, const float* factors, Index n) noexcept { Floats(x, n) *= ConstFloats(factors, n); }
 inline void add(float* to, const float* x, Index n) noexcept { Floats(to, n) += ConstFloats(x, n); }
 inline void add_scaled(float* to, const float* x, Index n, float factor) noexcept {
   Floats(to, n) += factor * ConstFloats(x, n);

@@ -108,6 +108,15 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 #endif
 }
 
+/// kLanes signed bytes.
+[[nodiscard]] inline Lanes load_i8_lanes(const void* from) noexcept {
+#if defined(__AVX512BW__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16_bytes(from)));
+#else
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(from)));
+#endif
+}
+
 /// kLanes bf16 numbers.
 [[nodiscard]] inline Lanes load_bf16_lanes(const void* from) noexcept {
 #if defined(__AVX512BW__)
@@ -142,6 +151,7 @@ inline constexpr bool kHasWideLoads = false;
 }
 
 Lanes load_f16_lanes(const void* from) noexcept;  // these only where there are wide loads
+Lanes load_i8_lanes(const void* from) noexcept;
 Lanes load_f16_in_all_lanes(std::uint16_t number) noexcept;
 float wide_f16(std::uint16_t bits) noexcept;
 inline Index load_wide_f16(const void*, Index, float*) noexcept { return 0; }

@@ -82,12 +82,27 @@ concept HasContiguousRows = requires(const V& v, Index h, Index t, Index n) {
 // clang-format on
 
 /// Optional: rows as they are stored, for kernels that convert in registers. Each function returns the address of row t when
-/// rows [t, t + n) lie one after the other, without gaps and without scales of their own, else nullptr.
+/// rows [t, t + n) lie one after the other, without gaps, else nullptr. Rows with scales: only if the view is `HasStoredScales`.
 // clang-format off
 template <class V>
 concept HasStoredRows = requires(const V& v, Index h, Index t, Index n) {
   { *v.stored_keys(h, t, n) } noexcept;
   { *v.stored_values(h, t, n) } noexcept;
+};
+// clang-format on
+
+/// Scales of consecutive rows: that of the first at `data`, the next `stride` floats further on; null: all are 1.
+struct StoredScales {
+  const float* data = nullptr;
+  Index stride = 0;
+};
+
+/// Optional: the scales of the rows from row t on that `stored_keys` and `stored_values` tell. Absent: there are none.
+// clang-format off
+template <class V>
+concept HasStoredScales = HasStoredRows<V> && requires(const V& v, Index h, Index t) {
+  { v.stored_key_scales(h, t) } noexcept -> std::same_as<StoredScales>;
+  { v.stored_value_scales(h, t) } noexcept -> std::same_as<StoredScales>;
 };
 // clang-format on
 

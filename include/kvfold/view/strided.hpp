@@ -120,12 +120,16 @@ struct StridedView {
   }
 
   [[nodiscard]] const StoredKey* stored_keys(Index h, Index t, Index /*n*/) const noexcept {
-    const bool plain = key_scales == nullptr && lies_together<StoredKey>(key_strides, layer.key_dim);
-    return plain ? place(keys, key_strides, h, t) : nullptr;
+    return lies_together<StoredKey>(key_strides, layer.key_dim) ? place(keys, key_strides, h, t) : nullptr;
   }
   [[nodiscard]] const StoredValue* stored_values(Index h, Index t, Index /*n*/) const noexcept {
-    const bool plain = value_scales == nullptr && lies_together<StoredValue>(value_strides, layer.value_dim);
-    return plain ? place(values, value_strides, h, t) : nullptr;
+    return lies_together<StoredValue>(value_strides, layer.value_dim) ? place(values, value_strides, h, t) : nullptr;
+  }
+  [[nodiscard]] StoredScales stored_key_scales(Index h, Index t) const noexcept {
+    return {place(key_scales, key_scale_strides, h, t), key_scale_strides.token};
+  }
+  [[nodiscard]] StoredScales stored_value_scales(Index h, Index t) const noexcept {
+    return {place(value_scales, value_scale_strides, h, t), value_scale_strides.token};
   }
 
   [[nodiscard]] float log_mass(Index h, Index t) const noexcept {
