@@ -94,10 +94,10 @@ void few(benchmark::State& state, const Settings& settings, bool dots, Index que
 
 /// Blocks of queries, of which panels are made once for all keys, with fp32 keys.
 void block(benchmark::State& state, const Settings& settings, Index queries, Index rows) {
-  const Index width = width_of_rows(), columns = detail::panel_rows(queries);
+  const Index width = width_of_rows(), columns = detail::panel_columns(queries);
   Noise noise(3);
   const std::vector<float> a = noise.row(queries * width), b = noise.row(rows * width);
-  std::vector<float> panels(at(columns * width)), out(at(rows * columns));
+  std::vector<float> panels(at(detail::panel_rows(queries) * width)), out(at(rows * columns));
   detail::make_panels(a.data(), width, queries, width, panels.data());
   const auto kernel = [&] {
     detail::multiply_panels(b.data(), width, rows, panels.data(), queries, width, out.data(), columns);

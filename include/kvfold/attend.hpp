@@ -43,24 +43,24 @@ inline constexpr Index kFewTile = 16;
 struct AttendScratch {
   std::span<float> queries;  // [kQueryTile][D]
   RoundedRows rounded;       // [kFewQueries][D]
-  std::span<float> keys;     // [max(kPanelWidth, kFewTile)][D]
-  std::span<float> panel;    // [kPanelWidth][D]
-  std::span<float> values;   // [kKeyTile][E]
-  std::span<float> weights;  // [kQueryTile][kKeyTile] or [kFewQueries][kFewKeys]
+  std::span<float> panels;   // [kQueryTile / kPanelWidth][D][kPanelWidth] the queries
+  std::span<float> keys;     // [max(kPanelKeys, kFewTile)][D]
+  std::span<float> values;   // [kPanelTile][E]
+  std::span<float> weights;  // [kPanelTile][kQueryTile] or [kFewQueries][kFewKeys]
   std::span<float> out;      // [kQueryTile][E]
-  std::span<float> masses;   // [kKeyTile] or [kFewKeys]
+  std::span<float> masses;   // [kFewKeys]
   std::span<float> scales;   // [kFewKeys]
 
   static AttendScratch take(Arena& arena, const LayerShape& shape) noexcept {
     AttendScratch s;
     s.queries = arena.take<float>(kQueryTile, shape.key_dim);
     s.rounded = RoundedRows::take(arena, kFewQueries, shape.key_dim);
-    s.keys = arena.take<float>(std::max(kPanelWidth, kFewTile), shape.key_dim);
-    s.panel = arena.take<float>(kPanelWidth, shape.key_dim);
-    s.values = arena.take<float>(kKeyTile, shape.value_dim);
-    s.weights = arena.take<float>(std::max(kQueryTile * kKeyTile, kFewQueries * kFewKeys));
+    s.panels = arena.take<float>(kQueryTile, shape.key_dim);
+    s.keys = arena.take<float>(std::max(kPanelKeys, kFewTile), shape.key_dim);
+    s.values = arena.take<float>(kPanelTile, shape.value_dim);
+    s.weights = arena.take<float>(std::max(kQueryTile * kPanelTile, kFewQueries * kFewKeys));
     s.out = arena.take<float>(kQueryTile, shape.value_dim);
-    s.masses = arena.take<float>(std::max(kKeyTile, kFewKeys));
+    s.masses = arena.take<float>(kFewKeys);
     s.scales = arena.take<float>(kFewKeys);
     return s;
   }
@@ -163,7 +163,7 @@ class AttendBlock {
     count_ = count;
     masses_are_finite_ = true;
     few_ = count <= kFewQueries;
-    tile_ = few_ ? kFewKeys : kKeyTile;
+    tile_ = few_ ? kFewKeys : kPanelTile;
     most_visible_ = 0;
     for (Index r = 0; r < count; ++r) {
       const Index i = (first + r) / shape_.group_size, g = (first + r) % shape_.group_size;
@@ -179,6 +179,12 @@ class AttendBlock {
         s_.rounded.set(r, s_.queries.data() + r * shape_.key_dim, shape_.key_dim);
       }
     }
+    if (!few_) {
+      columns_ = panel_columns(count);
+      make_panels(s_.queries.data(), shape_.key_dim, count, shape_.key_dim, s_.panels.data());
+      least_visible_ = *std::min_element(visible_, visible_ + count);
+      std::fill(visible_ + count, visible_ + columns_, most_visible_);
+    }
     std::fill_n(s_.out.begin(), count * shape_.value_dim, 0.f);
   }
 
@@ -187,25 +193,46 @@ class AttendBlock {
   }
 
   void add_tile(Index t, Index n) noexcept {
+    if (!few_) return add_tile_of_panels(t, n);
     set_logits(t, n);
     fetch_first_values(t, n);
     set_weights(t, n);
     add_values(t, n);
   }
 
+  /// The same for many queries: a row of weights for each row of the tile, with a column for each query.
+  void add_tile_of_panels(Index t, Index n) noexcept {
+    float* w = s_.weights.data();
+    multiply_keys(view_, h_, t, n, s_.panels.data(), count_, s_.keys, w, columns_);
+    if (load_masses(t, n)) {
+      for (Index j = 0; j < n; ++j) add_number(w + j * columns_, columns_, s_.masses[at(j)]);
+    }
+    if (t + n > least_visible_) hide_unseen(w, columns_, n, visible_, t);
+    float correction[kQueryTile];
+    for (Index c = 0; c < columns_; c += kLanes) {
+      const Lanes before = load_lanes(max_ + c), most = larger(before, max_of_columns(w + c, columns_, n));
+      const Lanes corrected = exp_lanes(before - most);
+      store_lanes(load_lanes(sum_ + c) * corrected + exp_columns(w + c, columns_, n, most), sum_ + c);
+      store_lanes(most, max_ + c);
+      store_lanes(corrected, correction + c);
+    }
+    const Index width = shape_.value_dim;
+    for (Index r = 0; r < count_; ++r) {
+      if (correction[r] != 1.f) scale(s_.out.data() + r * width, width, correction[r]);
+    }
+    add_weighted_rows(w, columns_, count_, value_tile(view_, h_, t, n, s_.values), n, width, s_.out.data(), width);
+  }
+
   /// Memory has something to do while weights are made.
   void fetch_first_values(Index t, Index n) const noexcept {
     if constexpr (HasStoredRows<V>) {
       const auto* values = view_.stored_values(h_, t, n);
-      if (few_ && values != nullptr) fetch<kAhead>(values, 0);
+      if (values != nullptr) fetch<kAhead>(values, 0);
     }
   }
 
   void set_logits(Index t, Index n) noexcept {
     const Index width = shape_.key_dim;
-    if (!few_) {
-      return multiply_keys(s_.queries.data(), count_, view_, h_, t, n, s_.keys, s_.panel, s_.weights.data(), tile_);
-    }
     const auto dots = [&](const auto* keys, Index first, Index m) {
       float* to = s_.weights.data() + first;
       if constexpr (kAreIntegers<std::remove_cvref_t<decltype(*keys)>>) {
@@ -229,10 +256,6 @@ class AttendBlock {
 
   void add_values(Index t, Index n) noexcept {
     const Index width = shape_.value_dim;
-    if (!few_) {
-      return add_product(s_.weights.data(), tile_, count_, value_tile(view_, h_, t, n, s_.values), width, n, width,
-                         s_.out.data(), width);
-    }
     const auto add = [&](const auto* values, Index first, Index m) {
       add_few(s_.weights.data() + first, tile_, count_, values, m, width, s_.out.data(), width);
     };
@@ -317,9 +340,9 @@ class AttendBlock {
   const QueryRows& queries_;
   const AttendScratch& s_;
   LayerShape shape_;
-  Index count_ = 0, most_visible_ = 0;
+  Index count_ = 0, columns_ = 0, most_visible_ = 0, least_visible_ = 0;
   bool few_ = false;
-  Index tile_ = kKeyTile;
+  Index tile_ = kPanelTile;
   bool masses_are_finite_ = true;  // of the rows that were loaded
   Index visible_[kQueryTile] = {};
   float max_[kQueryTile] = {};

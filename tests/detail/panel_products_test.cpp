@@ -18,7 +18,7 @@ constexpr float kUntouched = 77.f;
 /// n rows times m rows of panels, with gaps between the rows of each.
 struct Product {
   Index n, m, k;
-  Index a_stride = k + 3, b_stride = k + 5, c_stride = detail::panel_rows(m) + 7;
+  Index a_stride = k + 3, b_stride = k + 5, c_stride = detail::panel_columns(m) + 7;
   std::vector<float> a, b;
 
   Product(Index n_, Index m_, Index k_) : n(n_), m(m_), k(k_) {
@@ -40,7 +40,7 @@ struct Product {
 
 class PanelProducts : public testing::TestWithParam<std::tuple<Index, Index, Index>> {};
 
-TEST_P(PanelProducts, AreThoseOfEveryPairAndNothingButWholePanelsIsWritten) {
+TEST_P(PanelProducts, AreThoseOfEveryPairAndNothingButWholeLanesIsWritten) {
   const auto [n, m, k] = GetParam();
   const Product product(n, m, k);
   const std::vector<float> c = product.run();
@@ -49,7 +49,7 @@ TEST_P(PanelProducts, AreThoseOfEveryPairAndNothingButWholePanelsIsWritten) {
       const float got = c[static_cast<std::size_t>(i * product.c_stride + j)];
       SCOPED_TRACE(testing::Message() << i << ", " << j);
       if (j >= m) {
-        ASSERT_EQ(got, j < detail::panel_rows(m) ? 0.f : kUntouched);  // panels end with rows of 0
+        ASSERT_EQ(got, j < detail::panel_columns(m) ? 0.f : kUntouched);  // panels end with rows of 0
         continue;
       }
       double sum = 0.0, magnitude = 0.0;
@@ -100,29 +100,48 @@ TYPED_TEST_SUITE(MultiplyKeys, KeyTypes);
 
 TYPED_TEST(MultiplyKeys, MultipliesWhatTheViewReads) {
   constexpr LayerShape kShape{2, 1, 64, 32};
-  constexpr Index kRows = 50, kFirst = 3, kCount = 41, kQueries = 7;
-  constexpr Index kStride = detail::panel_rows(kQueries), kKeyStride = detail::panel_rows(kCount);
+  constexpr Index kRows = 50, kFirst = 3, kCount = 41, kQueries = 7, kStride = detail::panel_columns(kQueries);
   const auto cache = make_cache<TypeParam>(kShape, kRows);
   Random random(8);
   const std::vector<float> queries = normals(kQueries * kShape.key_dim, random);
   std::vector<float> keys(kCount * kShape.key_dim), scratch(detail::kPanelKeys * kShape.key_dim);
-  std::vector<float> panels(static_cast<std::size_t>(kStride * kShape.key_dim)), panel(panels.size());
+  std::vector<float> panels(static_cast<std::size_t>(detail::panel_rows(kQueries) * kShape.key_dim));
   cache.read_keys(1, kFirst, kCount, keys);
   detail::make_panels(queries.data(), kShape.key_dim, kQueries, kShape.key_dim, panels.data());
-  std::vector<float> got(kCount * kStride), wanted(got.size()), turned(kQueries * kKeyStride);
+  std::vector<float> got(kCount * kStride), wanted(got.size());
   detail::multiply_panels(keys.data(), kShape.key_dim, kCount, panels.data(), kQueries, kShape.key_dim, wanted.data(),
                           kStride);
-  detail::multiply_keys_by_panels(cache, 1, kFirst, kCount, panels.data(), kQueries, scratch, got.data(), kStride);
+  detail::multiply_keys(cache, 1, kFirst, kCount, panels.data(), kQueries, scratch, got.data(), kStride);
   EXPECT_EQ(got, wanted);
-  scratch.resize(static_cast<std::size_t>(detail::kPanelWidth * kShape.key_dim));
-  detail::multiply_keys(queries.data(), kQueries, cache, 1, kFirst, kCount, scratch, panel, turned.data(), kKeyStride);
-  for (Index i = 0; i < kQueries; ++i) {
-    for (Index j = 0; j < kCount; ++j) {
-      EXPECT_EQ(turned[static_cast<std::size_t>(i * kKeyStride + j)], wanted[static_cast<std::size_t>(j * kStride + i)])
-          << i << " " << j;
+}
+
+class WeightedRows : public testing::TestWithParam<std::tuple<Index, Index, Index>> {};
+
+TEST_P(WeightedRows, AreAddedToWhatIsThereAndNothingElseIsWritten) {
+  const auto [m, n, width] = GetParam();
+  const Index weight_stride = m + 3, c_stride = width + 5;
+  const auto at = [](Index i) { return static_cast<std::size_t>(i); };
+  Random random(static_cast<std::uint64_t>(m * 10007 + n * 101 + width));
+  const std::vector<float> weights = normals(n * weight_stride, random), rows = normals(n * width, random);
+  std::vector<float> c(at(m * c_stride), 0.5f);
+  detail::add_weighted_rows(weights.data(), weight_stride, m, rows.data(), n, width, c.data(), c_stride);
+  for (Index i = 0; i < m; ++i) {
+    for (Index x = 0; x < c_stride; ++x) {
+      double sum = 0.5, magnitude = 0.5;
+      for (Index j = 0; j < n && x < width; ++j) {
+        const double term =
+            static_cast<double>(weights[at(j * weight_stride + i)]) * static_cast<double>(rows[at(j * width + x)]);
+        sum += term;
+        magnitude += std::abs(term);
+      }
+      ASSERT_LE(std::abs(static_cast<double>(c[at(i * c_stride + x)]) - sum), 1e-6 * magnitude) << i << " " << x;
     }
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Sizes, WeightedRows,
+                         testing::Combine(testing::Values(1, 5, 6, 7, 17, 64), testing::Values(1, 2, 95, 96),
+                                          testing::Values(1, 3, 8, 16, 20, 64, 80, 129)));
 
 }  // namespace
 }  // namespace kvfold::test

@@ -82,25 +82,21 @@ struct LaneSums {
   }
 };
 
-/// Rows of the cache whose weights are made together, which stay in the first cache: whole groups of the kernels.
-inline constexpr Index kColumnTile = 96;
-static_assert(kColumnTile % kPanelKeys == 0 && kColumnTile % kLanes == 0 && kQueryTile % kPanelWidth == 0);
-
 /// Scratch of one worker for a `ColumnAccumulator`.
 struct ColumnScratch {
   std::span<float> queries;   // [kQueryTile][D]
   std::span<float> panels;    // [kQueryTile / kPanelWidth][D][kPanelWidth] the same
   std::span<float> keys;      // [kPanelKeys][D]
-  std::span<float> weights;   // [tiles, or 1 where log-sum-exps are given][kColumnTile][kQueryTile]
+  std::span<float> weights;   // [tiles, or 1 where log-sum-exps are given][kPanelTile][kQueryTile]
   std::span<float> tile_max;  // [tiles][kQueryTile]
 
   static ColumnScratch take(Arena& arena, Index dim, Index rows, bool one_pass) noexcept {
-    const Index tiles = (rows + kColumnTile - 1) / kColumnTile;
+    const Index tiles = (rows + kPanelTile - 1) / kPanelTile;
     ColumnScratch s;
     s.queries = arena.take<float>(kQueryTile, dim);
     s.panels = arena.take<float>(kQueryTile, dim);
     s.keys = arena.take<float>(kPanelKeys, dim);
-    s.weights = arena.take<float>(one_pass ? 1 : tiles, kColumnTile, kQueryTile);
+    s.weights = arena.take<float>(one_pass ? 1 : tiles, kPanelTile, kQueryTile);
     s.tile_max = arena.take<float>(one_pass ? 0 : tiles, kQueryTile);
     return s;
   }
@@ -155,10 +151,10 @@ class ColumnAccumulator {
 
  private:
   // A block is `count_` (query, query head of the group) in this order, of which those of one head lie together. The
-  // columns after them, up to whole panels, have finite weights and a factor of 0.
+  // columns after them, up to whole lanes, have finite weights and a factor of 0.
   Status load_block(Index first, Index count) noexcept {
     count_ = count;
-    columns_of_tile_ = panel_rows(count);
+    columns_of_tile_ = panel_columns(count);
     first_ = first;
     most_visible_ = 0;
     const QuerySegment* segment = segments_.data();
@@ -193,34 +189,26 @@ class ColumnAccumulator {
   }
 
   /// Rows of the tile that begins with row t, those that some query of the block sees.
-  [[nodiscard]] Index rows_of_tile(Index t) const noexcept { return std::min(kColumnTile, most_visible_ - t); }
+  [[nodiscard]] Index rows_of_tile(Index t) const noexcept { return std::min(kPanelTile, most_visible_ - t); }
 
   /// Logits of the block for rows [t, t + n) into a tile of weights, [n][columns_of_tile_]: -infinity for what a query
   /// does not see. Tiles lie one after the other in memory: rows of a whole head's length would put a tile's rows a
   /// power of two apart, in the same few lines of the caches.
   Status logits(Index t, Index n, float* out) noexcept {
-    multiply_keys_by_panels(view_, h_, t, n, s_.panels.data(), count_, s_.keys, out, columns_of_tile_);
+    multiply_keys(view_, h_, t, n, s_.panels.data(), count_, s_.keys, out, columns_of_tile_);
     if constexpr (HasLogMass<V>) add_log_masses(t, n, out);
     // A key that is not finite makes every logit in its row so: one column shows it.
     bool finite = true;
     for (Index j = 0; j < n; ++j) finite = finite & std::isfinite(out[j * columns_of_tile_]);
     if (!finite) return {StatusCode::not_finite, "keys", "has a NaN or an infinity", h_, t};
-    for (Index c = 0; t + n > least_visible_ && c < columns_of_tile_; c += kLanes) {
-      std::int32_t seen[kLanes];
-      for (Index i = 0; i < kLanes; ++i) {
-        seen[i] = static_cast<std::int32_t>(std::clamp<Index>(visible_[c + i] - t, 0, n));
-      }
-      hide_columns(out + c, columns_of_tile_, n, seen);
-    }
+    if (t + n > least_visible_) hide_unseen(out, columns_of_tile_, n, visible_, t);
     return {};
   }
 
   void add_log_masses(Index t, Index n, float* out) const noexcept {
     for (Index j = 0; j < n; ++j) {
       const float mass = log_mass_of(view_, h_, t + j);
-      if (mass == 0.f) continue;
-      float* row = out + j * columns_of_tile_;
-      for (Index c = 0; c < columns_of_tile_; c += kLanes) store_lanes(load_lanes(row + c) + mass, row + c);
+      if (mass != 0.f) add_number(out + j * columns_of_tile_, columns_of_tile_, mass);
     }
   }
 
@@ -230,10 +218,10 @@ class ColumnAccumulator {
     float tile_sum[kQueryTile] = {}, row_max[kQueryTile] = {};
     std::fill_n(row_max, count_, kNoMax);
     std::fill_n(row_sum_, count_, 0.f);
-    for (Index t = 0; t < most_visible_; t += kColumnTile) {
+    for (Index t = 0; t < most_visible_; t += kPanelTile) {
       const Index n = rows_of_tile(t);
       float* tile = weight_tile(t);
-      float* tile_max = s_.tile_max.data() + t / kColumnTile * kQueryTile;
+      float* tile_max = s_.tile_max.data() + t / kPanelTile * kQueryTile;
       if (Status bad = logits(t, n, tile); !bad.ok()) return bad;
       for (Index c = 0; c < columns_of_tile_; c += kLanes) {
         const Lanes most = max_of_columns(tile + c, columns_of_tile_, n);
@@ -247,8 +235,8 @@ class ColumnAccumulator {
     }
     float row_scale[kQueryTile] = {};
     for (Index r = 0; r < count_; ++r) row_scale[r] = row_sum_[r] > 0.f ? row_weight() / row_sum_[r] : 0.f;
-    for (Index t = 0; t < most_visible_; t += kColumnTile) {
-      const float* tile_max = s_.tile_max.data() + t / kColumnTile * kQueryTile;
+    for (Index t = 0; t < most_visible_; t += kPanelTile) {
+      const float* tile_max = s_.tile_max.data() + t / kPanelTile * kQueryTile;
       exp_factors(tile_max, row_max, row_scale, count_, factor_);
       add_tile(t, rows_of_tile(t), weight_tile(t));
     }
@@ -258,7 +246,7 @@ class ColumnAccumulator {
   Status one_step() noexcept {
     std::fill_n(row_sum_, columns_of_tile_, 0.f);
     std::fill_n(factor_, count_, row_weight());
-    for (Index t = 0; t < most_visible_; t += kColumnTile) {
+    for (Index t = 0; t < most_visible_; t += kPanelTile) {
       const Index n = rows_of_tile(t);
       float* tile = s_.weights.data();
       if (Status bad = logits(t, n, tile); !bad.ok()) return bad;

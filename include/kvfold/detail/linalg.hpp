@@ -21,23 +21,9 @@ using Rows = Eigen::Map<RowMatrix, Eigen::Unaligned, Eigen::OuterStride<>>;
 using ConstFloats = Eigen::Map<const Eigen::ArrayXf>;
 using Floats = Eigen::Map<Eigen::ArrayXf>;
 
-/// Rows of a tile along the token axis, and along the axis of queries or candidates. With these, Eigen's packed
-/// operands stay below its limit for stack memory, so products do not allocate.
+/// Rows of a tile along the token axis, and along the axis of queries or candidates.
 inline constexpr Index kKeyTile = 128;
 inline constexpr Index kQueryTile = 64;
-inline constexpr Index kDepthTile = 256;
-
-/// c += a * b, for a [m][k], b [k][n], c [m][n], row-major with the given row strides; k <= kKeyTile, m <= kQueryTile.
-inline void add_product(const float* a, Index a_stride, Index m, const float* b, Index b_stride, Index k, Index n,
-                        float* c, Index c_stride) noexcept {
-  const ConstRows left(a, m, k, Eigen::OuterStride<>(a_stride));
-  for (Index first = 0; first < n; first += kDepthTile) {
-    const Index width = std::min(kDepthTile, n - first);
-    const ConstRows right(b + first, k, width, Eigen::OuterStride<>(b_stride));
-    Rows out(c + first, m, width, Eigen::OuterStride<>(c_stride));
-    out.noalias() += left * right;
-  }
-}
 
 /// A loop that compilers vectorise, as they do not with one that may stop.
 [[nodiscard]] inline bool all_finite(const float* x, Index n) noexcept {
@@ -88,6 +74,7 @@ inline void places_above(const float* x, Index n, float least, RowId* places) no
 inline void scale(float* x, Index n, float factor) noexcept { Floats(x, n) *= factor; }
 inline void multiply(float* x, const float* factors, Index n) noexcept { Floats(x, n) *= ConstFloats(factors, n); }
 inline void add(float* to, const float* x, Index n) noexcept { Floats(to, n) += ConstFloats(x, n); }
+inline void add_number(float* x, Index n, float number) noexcept { Floats(x, n) += number; }
 inline void add_scaled(float* to, const float* x, Index n, float factor) noexcept {
   Floats(to, n) += factor * ConstFloats(x, n);
 }

@@ -18,11 +18,17 @@ namespace kvfold::detail {
 /// Rows of b in a panel: so many products at a time for each of `kPanelHeight` rows of a, in registers.
 inline constexpr Index kPanelWidth = 2 * kLanes, kPanelHeight = 6;
 inline constexpr Index kPanelDepth = 256;  ///< columns of a panel, which stays in the first cache
+/// Rows of keys that are converted and multiplied with all panels at a time: whole groups, which stay in the first cache.
+inline constexpr Index kPanelKeys = 4 * kPanelHeight;
+/// Rows of the cache whose weights are made together, which stay in the first cache.
+inline constexpr Index kPanelTile = 96;
+static_assert(kPanelTile % kPanelKeys == 0 && kPanelTile % kLanes == 0);
 
-/// `rows` rounded up to whole panels.
+/// `rows` rounded up to whole panels, and the columns of their products: rounded up to whole lanes.
 [[nodiscard]] constexpr Index panel_rows(Index rows) noexcept {
   return (rows + kPanelWidth - 1) / kPanelWidth * kPanelWidth;
 }
+[[nodiscard]] constexpr Index panel_columns(Index rows) noexcept { return (rows + kLanes - 1) / kLanes * kLanes; }
 
 /// Lanes of x and y in turn, within each group of four: of the lower two lanes, or of the upper ones.
 template <bool kUpper, std::size_t... i>
@@ -93,24 +99,29 @@ inline void make_panels(const float* rows, Index stride, Index count, Index dept
   }
 }
 
-/// kRows rows of a times a panel, written to c or added to it.
-template <Index kRows>
-void multiply_panel(const float* a, Index a_stride, const float* panel, Index depth, bool add, float* c,
+/// Where element (i, d) of an operand lies: at i * row + d * depth.
+struct BlockStrides {
+  Index row = 0, depth = 0;
+};
+
+/// c[i] = the sum over d of a[i][d] * b[d], for kRows rows and kWidth * kLanes columns, or that added to c.
+template <Index kRows, Index kWidth>
+void multiply_block(const float* a, BlockStrides of_a, const float* b, Index b_stride, Index depth, bool add, float* c,
                     Index c_stride) noexcept {
   Lanes left[kPanelHeight], right[kPanelHeight];
   clear(left);
   clear(right);
-  for (Index d = 0; d < depth; ++d) {
-    const Lanes x = load_lanes(panel + d * kPanelWidth), y = load_lanes(panel + d * kPanelWidth + kLanes);
+  for (Index d = 0; d < depth; ++d, a += of_a.depth, b += b_stride) {
+    const Lanes x = load_lanes(b), y = kWidth > 1 ? load_lanes(b + kLanes) : x;
     for (Index i = 0; i < kRows; ++i) {
-      left[i] = a[i * a_stride + d] * x + left[i];
-      right[i] = a[i * a_stride + d] * y + right[i];
+      left[i] = a[i * of_a.row] * x + left[i];
+      if constexpr (kWidth > 1) right[i] = a[i * of_a.row] * y + right[i];
     }
   }
   for (Index i = 0; i < kRows; ++i) {
     float* to = c + i * c_stride;
     store_lanes(add ? load_lanes(to) + left[i] : left[i], to);
-    store_lanes(add ? load_lanes(to + kLanes) + right[i] : right[i], to + kLanes);
+    if constexpr (kWidth > 1) store_lanes(add ? load_lanes(to + kLanes) + right[i] : right[i], to + kLanes);
   }
 }
 
@@ -129,20 +140,45 @@ struct Ahead {
   }
 };
 
-/// c[j][i] = row j times row i of panels, for n rows and m (rounded up) of the panels.
+/// c[j][i] = row j times row i of panels, for n rows and `panel_columns(m)` of the panels.
 ///
 /// A few rows at a time, which stay in the first cache with one of the panels.
 inline void multiply_panels(const float* rows, Index row_stride, Index n, const float* panels, Index m, Index depth,
                             float* c, Index c_stride, Ahead ahead = {}) noexcept {
+  const Index steps = panel_rows(m) / kPanelWidth * n;
   for (Index j = 0; j < m; j += kPanelWidth) {
     for (Index first = 0; first < depth; first += kPanelDepth) {
       const float* panel = panels + j * depth + first * kPanelWidth;
       const Index part = std::min(kPanelDepth, depth - first);
       for_groups_of_rows<kPanelHeight>(n, [&](Index i, auto height) {
-        if (first == 0) ahead.fetch(j / kPanelWidth * n + i, n * panel_rows(m) / kPanelWidth, height());
-        multiply_panel<height()>(rows + i * row_stride + first, row_stride, panel, part, first > 0,
-                                 c + i * c_stride + j, c_stride);
+        if (first == 0) ahead.fetch(j / kPanelWidth * n + i, steps, height());
+        const float* from = rows + i * row_stride + first;
+        float* to = c + i * c_stride + j;
+        if (m - j > kLanes) {
+          multiply_block<height(), 2>(from, {row_stride, 1}, panel, kPanelWidth, part, first > 0, to, c_stride);
+        } else {
+          multiply_block<height(), 1>(from, {row_stride, 1}, panel, kPanelWidth, part, first > 0, to, c_stride);
+        }
       });
+    }
+  }
+}
+
+/// c[i] += the sum over j of weights[j][i] * rows[j], for m columns of weights [n][..] and n rows of `width`.
+inline void add_weighted_rows(const float* weights, Index weight_stride, Index m, const float* rows, Index n,
+                              Index width, float* c, Index c_stride) noexcept {
+  const auto add = [&]<Index kWidth>(Index x, std::integral_constant<Index, kWidth>) {
+    for_groups_of_rows<kPanelHeight>(m, [&](Index i, auto height) {
+      multiply_block<height(), kWidth>(weights + i, {1, weight_stride}, rows + x, width, n, true, c + i * c_stride + x,
+                                       c_stride);
+    });
+  };
+  Index x = 0;
+  for (; x + kPanelWidth <= width; x += kPanelWidth) add(x, std::integral_constant<Index, 2>{});
+  for (; x + kLanes <= width; x += kLanes) add(x, std::integral_constant<Index, 1>{});
+  for (; x < width; ++x) {
+    for (Index j = 0; j < n; ++j) {
+      for (Index i = 0; i < m; ++i) c[i * c_stride + x] += weights[j * weight_stride + i] * rows[j * width + x];
     }
   }
 }
@@ -159,27 +195,10 @@ template <KVCacheView V>
   return {};
 }
 
-/// c[i][j] = row i of a [m][D] times key t + j of head h, for n keys, rounded up to whole panels. Few enough rows of a
-/// that making panels of keys takes less than panels of them would save.
-/// \param scratch, panel [kPanelWidth][D]
-template <KVCacheView V>
-void multiply_keys(const float* a, Index m, const V& view, Index h, Index t, Index n, std::span<float> scratch,
-                   std::span<float> panel, float* c, Index c_stride) noexcept {
-  const Index width = view.shape().key_dim;
-  for (Index j = 0; j < n; j += kPanelWidth) {
-    const Index count = std::min(kPanelWidth, n - j);
-    make_panel(key_tile(view, h, t + j, count, scratch), width, count, width, panel.data());
-    multiply_panels(a, width, m, panel.data(), count, width, c + j, c_stride, keys_after(view, h, t + j, count));
-  }
-}
-
-/// Rows of keys that are converted and multiplied with all panels at a time: whole groups, which stay in the first cache.
-inline constexpr Index kPanelKeys = 4 * kPanelHeight;
-
 /// c[j][i] = key t + j of head h times row i of panels, for n keys and m rows. \param scratch [kPanelKeys][D]
 template <KVCacheView V>
-void multiply_keys_by_panels(const V& view, Index h, Index t, Index n, const float* panels, Index m,
-                             std::span<float> scratch, float* c, Index c_stride) noexcept {
+void multiply_keys(const V& view, Index h, Index t, Index n, const float* panels, Index m, std::span<float> scratch,
+                   float* c, Index c_stride) noexcept {
   const Index width = view.shape().key_dim;
   for (Index j = 0; j < n; j += kPanelKeys) {
     const Index count = std::min(kPanelKeys, n - j);

@@ -93,6 +93,15 @@ inline void hide_columns(float* x, Index stride, Index n, const std::int32_t* se
   }
 }
 
+/// The same for all columns, [n][columns], of a tile that begins with row t: column i sees the rows below visible[i].
+inline void hide_unseen(float* x, Index columns, Index n, const Index* visible, Index t) noexcept {
+  for (Index c = 0; c < columns; c += kLanes) {
+    std::int32_t seen[kLanes];
+    for (Index i = 0; i < kLanes; ++i) seen[i] = static_cast<std::int32_t>(std::clamp<Index>(visible[c + i] - t, 0, n));
+    hide_columns(x + c, columns, n, seen);
+  }
+}
+
 /// The largest of each column, at least `kNoMax`.
 [[nodiscard]] inline Lanes max_of_columns(const float* x, Index stride, Index n) noexcept {
   constexpr Index kAtATime = 4;  // since one has to wait for the one before
