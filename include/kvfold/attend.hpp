@@ -320,7 +320,7 @@ class AttendBlock {
     if constexpr (HasLogMass<V>) {
       for (Index j = 0; j < n; ++j) s_.masses[at(j)] = log_mass_of(view_, h_, t + j);
       const float largest = largest_magnitude(s_.masses.data(), 1, n);
-      masses_are_finite_ = masses_are_finite_ && std::isfinite(largest);
+      masses_are_finite_ = masses_are_finite_ && all_finite(&largest, 1);
       return largest != 0.f;
     }
     return false;

@@ -111,11 +111,12 @@ void multiply_block(const float* a, BlockStrides of_a, const float* b, Index b_s
   Lanes left[kPanelHeight], right[kPanelHeight];
   clear(left);
   clear(right);
-  for (Index d = 0; d < depth; ++d, a += of_a.depth, b += b_stride) {
-    const Lanes x = load_lanes(b), y = kWidth > 1 ? load_lanes(b + kLanes) : x;
+  for (Index d = 0; d < depth; ++d) {
+    const float *from = a + d * of_a.depth, *panel = b + d * b_stride;
+    const Lanes x = load_lanes(panel), y = kWidth > 1 ? load_lanes(panel + kLanes) : x;
     for (Index i = 0; i < kRows; ++i) {
-      left[i] = a[i * of_a.row] * x + left[i];
-      if constexpr (kWidth > 1) right[i] = a[i * of_a.row] * y + right[i];
+      left[i] = from[i * of_a.row] * x + left[i];
+      if constexpr (kWidth > 1) right[i] = from[i * of_a.row] * y + right[i];
     }
   }
   for (Index i = 0; i < kRows; ++i) {
