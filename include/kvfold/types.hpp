@@ -135,4 +135,12 @@ struct CompressionReport {
   float equal_counts_cost = 0.f;
 };
 
+/// Where `attend` puts its results: query head q, row i is E floats at `data + q * head_stride + i * row_stride`.
+struct AttentionOutput {
+  float* data = nullptr;
+  Index head_stride = 0;
+  Index row_stride = 0;
+  std::span<float> log_sum_exp = {};  ///< [H * G][rows] of the logits, or empty: what one-pass evidence needs
+};
+
 }  // namespace kvfold

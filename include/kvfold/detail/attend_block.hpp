@@ -1,0 +1,341 @@
+/// \file
+/// Attention of a block of queries over the rows of one head: the hot loops of `attend`.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#include "kvfold/detail/arena.hpp"
+#include "kvfold/detail/few_block_rows.hpp"
+#include "kvfold/detail/few_rows.hpp"
+#include "kvfold/detail/linalg.hpp"
+#include "kvfold/detail/panel_products.hpp"
+#include "kvfold/detail/rows.hpp"
+#include "kvfold/detail/softmax.hpp"
+#include "kvfold/evidence/query_rows.hpp"
+#include "kvfold/storage/quantised.hpp"
+
+namespace kvfold::detail {
+
+/// Query rows up to which `few_dots` and `add_few` are as fast as products of blocks; rows of the cache that they go over
+/// at a time, keys first and values next, so that memory is read in long pieces; and rows that are converted at a time
+/// where that is not done in registers.
+inline constexpr Index kFewQueries = 16;
+inline constexpr Index kFewKeys = 512;
+inline constexpr Index kFewTile = 16;
+
+/// Scratch of one worker of `attend`.
+struct AttendScratch {
+  std::span<float> queries;  // [kQueryTile][D]
+  RoundedRows rounded;       // [kFewQueries][D]
+  std::span<float> panels;   // [kQueryTile / kPanelWidth][D][kPanelWidth] the queries
+  std::span<float> keys;     // [max(kPanelKeys, kFewTile)][D]
+  std::span<float> values;   // [kPanelTile][E]
+  std::span<float> weights;  // [kPanelTile][kQueryTile] or [kFewQueries][kFewKeys]
+  std::span<float> out;      // [kQueryTile][E]
+  std::span<float> masses;   // [kFewKeys]
+  std::span<float> scales;   // [kFewKeys]
+
+  static AttendScratch take(Arena& arena, const LayerShape& shape) noexcept {
+    AttendScratch s;
+    s.queries = arena.take<float>(kQueryTile, shape.key_dim);
+    s.rounded = RoundedRows::take(arena, kFewQueries, shape.key_dim);
+    s.panels = arena.take<float>(kQueryTile, shape.key_dim);
+    s.keys = arena.take<float>(std::max(kPanelKeys, kFewTile), shape.key_dim);
+    s.values = arena.take<float>(kPanelTile, shape.value_dim);
+    s.weights = arena.take<float>(std::max(kQueryTile * kPanelTile, kFewQueries * kFewKeys));
+    s.out = arena.take<float>(kQueryTile, shape.value_dim);
+    s.masses = arena.take<float>(kFewKeys);
+    s.scales = arena.take<float>(kFewKeys);
+    return s;
+  }
+};
+
+/// How many parts a head's rows are split into, for few queries: as many tasks as a head should have, but of no fewer
+/// than kPartRows rows.
+inline constexpr Index kPartRows = 1024;
+
+[[nodiscard]] constexpr Index part_count(const LayerShape& shape, Index queries, Index rows) noexcept {
+  return queries > kFewQueries ? 1 : std::min(tasks_per_head(shape), (rows - 1) / kPartRows + 1);
+}
+
+/// What few queries have seen of a part of a head's rows: softmax sums, and sums of values not yet divided by them.
+struct AttendPart {
+  std::span<float> max, sum;          // [kFewQueries]
+  std::span<float> out;               // [kFewQueries][E]
+  std::span<bool> masses_are_finite;  // [1]
+
+  static AttendPart take(Arena& arena, const LayerShape& shape) noexcept {
+    AttendPart p;
+    p.max = arena.take<float>(kFewQueries);
+    p.sum = arena.take<float>(kFewQueries);
+    p.out = arena.take<float>(kFewQueries, shape.value_dim);
+    p.masses_are_finite = arena.take<bool>(1);
+    return p;
+  }
+};
+
+/// Memory of `attend`.
+struct AttendSpace {
+  std::span<AttendScratch> scratch;  // [workers]
+  std::span<AttendPart> parts;       // [H][tasks_per_head], none where that is 1
+
+  static AttendSpace take(Arena& arena, const LayerShape& shape, Index workers) noexcept {
+    AttendSpace s;
+    const Index parts = tasks_per_head(shape) > 1 ? shape.kv_heads * tasks_per_head(shape) : 0;
+    s.scratch = arena.take<AttendScratch>(workers);
+    s.parts = arena.take<AttendPart>(parts);
+    for (Index w = 0; w < workers; ++w) {
+      const auto scratch = AttendScratch::take(arena, shape);
+      if (!s.scratch.empty()) s.scratch[at(w)] = scratch;
+    }
+    for (Index i = 0; i < parts; ++i) {
+      const auto part = AttendPart::take(arena, shape);
+      if (!s.parts.empty()) s.parts[at(i)] = part;
+    }
+    return s;
+  }
+};
+
+/// Attention of up to kQueryTile query rows of one KV head, tile by tile with a running maximum.
+template <KVCacheView V>
+class AttendBlock {
+ public:
+  AttendBlock(const V& view, Index h, const QueryRows& queries, const AttendScratch& scratch) noexcept
+      : view_(view), h_(h), queries_(queries), s_(scratch), shape_(view.shape()) {}
+
+  /// Rows [first, first + count) in the order (query, query head of the group).
+  void run(Index first, Index count, const AttentionOutput& to) noexcept {
+    load(first, count);
+    add_rows(0, most_visible_);
+    for (Index r = 0; r < count_; ++r) {
+      store(first + r, s_.out.data() + r * shape_.value_dim, max_[r], sum_[r], to);
+    }
+  }
+
+  /// All query rows, few, and part `i` of `parts` of the head's rows.
+  void run_part(Index i, Index parts, const AttendPart& to) noexcept {
+    load(0, queries_.rows() * shape_.group_size);
+    const Index rows = static_cast<Index>(view_.size(h_)), size = (rows - 1) / parts + 1;
+    const Index first = i * size, last = std::min(first + size, rows);
+    add_rows(first, std::min(last, most_visible_));
+    for (Index t = std::max(first, most_visible_); t < last; t += tile_) load_masses(t, std::min(tile_, last - t));
+    to.masses_are_finite[0] = masses_are_finite_;
+    std::copy_n(max_, count_, to.max.begin());
+    std::copy_n(sum_, count_, to.sum.begin());
+    std::copy_n(s_.out.begin(), count_ * shape_.value_dim, to.out.begin());
+  }
+
+  /// Puts the parts of a head together.
+  void join(std::span<const AttendPart> parts, const AttentionOutput& to) noexcept {
+    const Index width = shape_.value_dim;
+    float* joined = s_.out.data();
+    for (Index r = 0; r < queries_.rows() * shape_.group_size; ++r) {
+      float max = -std::numeric_limits<float>::infinity(), sum = 0.f;
+      for (const AttendPart& part : parts) max = std::max(max, part.max[at(r)]);
+      std::fill_n(joined, width, 0.f);
+      for (const AttendPart& part : parts) {
+        const float factor = std::exp(part.max[at(r)] - max);
+        sum += factor * part.sum[at(r)];
+        add_scaled(joined, part.out.data() + r * width, width, factor);
+      }
+      store(r, joined, max, sum, to);
+    }
+  }
+
+ private:
+  void load(Index first, Index count) noexcept {
+    count_ = count;
+    masses_are_finite_ = true;
+    few_ = count <= kFewQueries;
+    tile_ = few_ ? kFewKeys : kPanelTile;
+    most_visible_ = 0;
+    for (Index r = 0; r < count; ++r) {
+      const Index i = (first + r) / shape_.group_size, g = (first + r) % shape_.group_size;
+      std::copy_n(queries_.row(h_ * shape_.group_size + g, i), shape_.key_dim, s_.queries.data() + r * shape_.key_dim);
+      visible_[r] = r > 0 && g > 0 ? visible_[r - 1] : visible_rows(view_, h_, queries_.positions[at(i)]);
+      most_visible_ = std::max(most_visible_, visible_[r]);
+      max_[r] = -std::numeric_limits<float>::infinity();
+      sum_[r] = 0.f;
+    }
+    scale(s_.queries.data(), count * shape_.key_dim, queries_.logit_scale());
+    if constexpr (kKeysAreIntegers) {
+      for (Index r = 0; few_ && r < count; ++r) {
+        s_.rounded.set(r, s_.queries.data() + r * shape_.key_dim, shape_.key_dim);
+      }
+    }
+    if (!few_) {
+      columns_ = panel_columns(count);
+      make_panels(s_.queries.data(), shape_.key_dim, count, shape_.key_dim, s_.panels.data());
+      least_visible_ = *std::min_element(visible_, visible_ + count);
+      std::fill(visible_ + count, visible_ + columns_, most_visible_);
+    }
+    std::fill_n(s_.out.begin(), count * shape_.value_dim, 0.f);
+  }
+
+  void add_rows(Index first, Index last) noexcept {
+    for (Index t = first; t < last; t += tile_) add_tile(t, std::min(tile_, last - t));
+  }
+
+  void add_tile(Index t, Index n) noexcept {
+    if (!few_) return add_tile_of_panels(t, n);
+    set_logits(t, n);
+    fetch_first_values(t, n);
+    set_weights(t, n);
+    add_values(t, n);
+  }
+
+  /// The same for many queries: a row of weights for each row of the tile, with a column for each query.
+  void add_tile_of_panels(Index t, Index n) noexcept {
+    float* w = s_.weights.data();
+    multiply_keys(view_, h_, t, n, s_.panels.data(), count_, s_.keys, w, columns_);
+    if (load_masses(t, n)) {
+      for (Index j = 0; j < n; ++j) add_number(w + j * columns_, columns_, s_.masses[at(j)]);
+    }
+    if (t + n > least_visible_) hide_unseen(w, columns_, n, visible_, t);
+    float correction[kQueryTile];
+    for (Index c = 0; c < columns_; c += kLanes) {
+      const Lanes before = load_lanes(max_ + c), most = larger(before, max_of_columns(w + c, columns_, n));
+      const Lanes corrected = exp_lanes(before - most);
+      store_lanes(load_lanes(sum_ + c) * corrected + exp_columns(w + c, columns_, n, most), sum_ + c);
+      store_lanes(most, max_ + c);
+      store_lanes(corrected, correction + c);
+    }
+    const Index width = shape_.value_dim;
+    for (Index r = 0; r < count_; ++r) {
+      if (correction[r] != 1.f) scale(s_.out.data() + r * width, width, correction[r]);
+    }
+    add_weighted_rows(w, columns_, count_, value_tile(view_, h_, t, n, s_.values), n, width, s_.out.data(), width);
+  }
+
+  /// Memory has something to do while weights are made.
+  void fetch_first_values(Index t, Index n) const noexcept {
+    if constexpr (HasStoredRows<V>) {
+      const auto* values = view_.stored_values(h_, t, n);
+      if (values != nullptr) fetch<kAhead>(values, 0);
+    }
+  }
+
+  void set_logits(Index t, Index n) noexcept {
+    const Index width = shape_.key_dim;
+    const auto dots = [&](const auto* keys, Index first, Index m) {
+      float* to = s_.weights.data() + first;
+      if constexpr (kAreIntegers<std::remove_cvref_t<decltype(*keys)>>) {
+        few_dots(s_.rounded, count_, keys, m, width, to, tile_);
+      } else {
+        few_dots(s_.queries.data(), width, count_, keys, m, width, to, tile_);
+      }
+    };
+    if constexpr (HasStoredRows<V>) {
+      const auto in_place = [&](const auto* keys) {
+        dots(keys, 0, n);
+        if constexpr (HasStoredScales<V>) scale_columns(view_.stored_key_scales(h_, t), n);
+      };
+      if (read_in_lanes(view_.stored_keys(h_, t, n), in_place)) return;
+    }
+    for (Index first = 0; first < n; first += kFewTile) {
+      const Index m = std::min(kFewTile, n - first);
+      dots(key_tile(view_, h_, t + first, m, s_.keys), first, m);
+    }
+  }
+
+  void add_values(Index t, Index n) noexcept {
+    const Index width = shape_.value_dim;
+    const auto add = [&](const auto* values, Index first, Index m) {
+      add_few(s_.weights.data() + first, tile_, count_, values, m, width, s_.out.data(), width);
+    };
+    if constexpr (HasStoredRows<V>) {
+      const auto in_place = [&](const auto* values) {
+        if constexpr (HasStoredScales<V>) scale_columns(view_.stored_value_scales(h_, t), n);
+        add(values, 0, n);
+      };
+      if (read_in_lanes(view_.stored_values(h_, t, n), in_place)) return;
+    }
+    for (Index first = 0; first < n; first += kFewTile) {
+      const Index m = std::min(kFewTile, n - first);
+      add(value_tile(view_, h_, t + first, m, s_.values), first, m);
+    }
+  }
+
+  /// Logits times the scales of n keys, or weights times those of values.
+  void scale_columns(const StoredScales& scales, Index n) noexcept {
+    if (scales.data == nullptr) return;
+    for (Index j = 0; j < n; ++j) s_.scales[at(j)] = scales.data[j * scales.stride];
+    for (Index r = 0; r < count_; ++r) multiply(s_.weights.data() + r * tile_, s_.scales.data(), n);
+  }
+
+  /// Whether keys are multiplied as the integers that they are stored as, with rounded queries.
+  static constexpr bool kKeysAreIntegers = [] {
+    if constexpr (HasStoredRows<V>) {
+      using E = std::remove_cvref_t<decltype(*std::declval<const V&>().stored_keys(0, 0, 0))>;
+      return kAreIntegers<E>;
+    }
+    return false;
+  }();
+
+  /// Calls f(rows) where there are rows and they can be converted in registers. \returns whether it did.
+  template <Stored E, class F>
+  static bool read_in_lanes(const E* rows, F f) noexcept {
+    if constexpr (kHasLanes<E> || kAreIntegers<E>) {
+      if (rows != nullptr) f(rows);
+      return rows != nullptr;
+    }
+    return false;
+  }
+
+  /// Logits to weights under the largest logit so far; what was summed under a smaller one is corrected.
+  void set_weights(Index t, Index n) noexcept {
+    const bool any_mass = load_masses(t, n);
+    for (Index r = 0; r < count_; ++r) {
+      float* w = s_.weights.data() + r * tile_;
+      const Index seen = std::clamp<Index>(visible_[r] - t, 0, n);
+      if (any_mass) add(w, s_.masses.data(), seen);
+      std::fill(w + seen, w + n, 0.f);
+      if (seen == 0) continue;
+      const float new_max = std::max(max_[r], max_of(w, seen));
+      const float correction = std::exp(max_[r] - new_max);
+      sum_[r] = sum_[r] * correction + exp_shifted(w, seen, new_max);
+      if (correction != 1.f) scale(s_.out.data() + r * shape_.value_dim, shape_.value_dim, correction);
+      max_[r] = new_max;
+    }
+  }
+
+  /// \returns whether any of them is not 0.
+  bool load_masses(Index t, Index n) noexcept {
+    if constexpr (HasLogMass<V>) {
+      for (Index j = 0; j < n; ++j) s_.masses[at(j)] = log_mass_of(view_, h_, t + j);
+      const float largest = largest_magnitude(s_.masses.data(), 1, n);
+      masses_are_finite_ = masses_are_finite_ && all_finite(&largest, 1);
+      return largest != 0.f;
+    }
+    return false;
+  }
+
+  /// Row r of all query rows of the head. \param out weighted sum of values; `sum` that of weights exp(logit - max)
+  void store(Index r, const float* out, float max, float sum, const AttentionOutput& to) const noexcept {
+    const Index i = r / shape_.group_size, q = h_ * shape_.group_size + r % shape_.group_size;
+    float* row = to.data + q * to.head_stride + i * to.row_stride;
+    std::fill_n(row, shape_.value_dim, 0.f);
+    add_scaled(row, out, shape_.value_dim, 1.f / sum);
+    if (!to.log_sum_exp.empty()) to.log_sum_exp[at(q * queries_.rows() + i)] = max + std::log(sum);
+  }
+
+  const V& view_;
+  Index h_;
+  const QueryRows& queries_;
+  const AttendScratch& s_;
+  LayerShape shape_;
+  Index count_ = 0, columns_ = 0, most_visible_ = 0, least_visible_ = 0;
+  bool few_ = false;
+  Index tile_ = kPanelTile;
+  bool masses_are_finite_ = true;  // of the rows that were loaded
+  Index visible_[kQueryTile] = {};
+  float max_[kQueryTile] = {};
+  float sum_[kQueryTile] = {};
+};
+
+}  // namespace kvfold::detail
