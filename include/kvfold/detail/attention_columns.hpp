@@ -12,6 +12,7 @@
 #include "kvfold/detail/rows.hpp"
 #include "kvfold/detail/softmax.hpp"
 #include "kvfold/evidence/query_rows.hpp"
+#include "kvfold/storage/quantised.hpp"
 
 namespace kvfold::detail {
 
@@ -156,7 +157,6 @@ class ColumnAccumulator {
     count_ = count;
     columns_of_tile_ = panel_columns(count);
     first_ = first;
-    most_visible_ = 0;
     const QuerySegment* segment = segments_.data();
     Index before = 0, visible = 0;  // before: queries of the segments before this one
     for (Index r = 0; r < count; ++r) {
@@ -198,9 +198,8 @@ class ColumnAccumulator {
     multiply_keys(view_, h_, t, n, s_.panels.data(), count_, s_.keys, out, columns_of_tile_);
     if constexpr (HasLogMass<V>) add_log_masses(t, n, out);
     // A key that is not finite makes every logit in its row so: one column shows it.
-    bool finite = true;
-    for (Index j = 0; j < n; ++j) finite = finite & std::isfinite(out[j * columns_of_tile_]);
-    if (!finite) return {StatusCode::not_finite, "keys", "has a NaN or an infinity", h_, t};
+    const float largest = largest_magnitude(out, columns_of_tile_, n);
+    if (!all_finite(&largest, 1)) return {StatusCode::not_finite, "keys", "has a NaN or an infinity", h_, t};
     if (t + n > least_visible_) hide_unseen(out, columns_of_tile_, n, visible_, t);
     return {};
   }

@@ -51,13 +51,7 @@ class RowRanks {
     if (count <= 0) return ~Rank{0};
     if (count >= rows()) return 0;
     const Index digit = take_digit(count_of_, count);
-    Index left = 0;
-    for (Index t = 0; t < rows(); ++t) {
-      const Rank rank = (*this)[t];
-      scratch_[at(left)] = rank;
-      left += digit_of(rank, kTopShift) == digit ? 1 : 0;
-    }
-    return lowest_of_best(scratch_.first(at(left)), count);
+    return lowest_of_best(with_digit(*this, rows(), kTopShift, digit, scratch_), count);
   }
 
  private:
@@ -78,19 +72,27 @@ class RowRanks {
     return digit;
   }
 
-  /// The same for ranks that agree in their top digit and are moved.
+  /// Those of n ranks that have a digit, at the front of `to`, which may be where the ranks are.
+  template <class Ranks>
+  [[nodiscard]] static std::span<Rank> with_digit(const Ranks& ranks, Index n, int shift, Index digit,
+                                                  std::span<Rank> to) noexcept {
+    Index left = 0;
+    for (Index i = 0; i < n; ++i) {
+      const Rank rank = ranks[i];
+      to[at(left)] = rank;
+      left += digit_of(rank, shift) == digit ? 1 : 0;
+    }
+    return to.first(at(left));
+  }
+
+  /// `lowest_of_best` of ranks that agree in their top digit and are moved.
   [[nodiscard]] static Rank lowest_of_best(std::span<Rank> ranks, Index count) noexcept {
     for (int shift = kTopShift; shift > 0 && static_cast<Index>(ranks.size()) > kFew;) {
       shift = std::max(shift - kDigitBits, 0);
       Counts count_of = {};
       for (const Rank rank : ranks) ++count_of[digit_of(rank, shift)];
       const Index digit = take_digit(count_of, count);
-      std::size_t left = 0;
-      for (const Rank rank : ranks) {
-        ranks[left] = rank;
-        left += digit_of(rank, shift) == digit ? 1u : 0u;
-      }
-      ranks = ranks.first(left);
+      ranks = with_digit(ranks.data(), static_cast<Index>(ranks.size()), shift, digit, ranks);
     }
     const auto place = ranks.begin() + (count - 1);
     std::nth_element(ranks.begin(), place, ranks.end(), std::greater<>{});
