@@ -74,23 +74,21 @@ void few_dots_of(const RoundedRows& a, Index row, const E* b, Index n, Index k, 
   }
   for (Index first = 0; first < n; first += kColumns) {
     const FewColumns<kColumns, E> of(b, units, first, n);
-    Lanes sums[kLanes];
-    clear(sums);
+    Lanes total{};
     for (Index u = 0; u < units; ++u) {
       fetch_ahead<kBytes>(of.row[0], u * kBytes);
-      Lanes scale[kLanes];
-      for (Index j = 0; j < kColumns; ++j) scale[j] = load_f16_in_all_lanes(of.row[j][u].scale.bits);
-      const auto add = [&](Index i, Index j, const WideWords& x, const WideWords& y) {
-        sums[i * kColumns + j] = dots(x, y) * scale[j] + sums[i * kColumns + j];
-      };
+      IntLanes sums[kLanes];
+      clear(sums);
       for (Index i = 0; i < kRows; ++i) {
         WideWords x(value + i * k + u * kBlockSize);
         x.keep_in_registers();
-        for (Index j = 0; j < kColumns; ++j) add(i, j, x, WideWords(of.row[j][u]));
+        for (Index j = 0; j < kColumns; ++j) sums[i * kColumns + j] = dots(x, WideWords(of.row[j][u]));
       }
+      const Lanes scale = f16_lanes([&](Index i) { return of.row[i % kColumns][u].scale.bits; });
+      total = __builtin_convertvector(sums_of_each(sums), Lanes) * scale + total;
     }
     float out[kLanes];
-    store_lanes(sums_of_each(sums) * load_lanes(unit), out);
+    store_lanes(total * load_lanes(unit), out);
     for (Index i = 0; i < kRows; ++i) of.store(out + i * kColumns, c + i * c_stride + first);
   }
 }
@@ -113,11 +111,11 @@ struct InUnits {
   float unit;
 
   /// The largest has `most` units.
-  void divide(float most) noexcept {
-    const Largest largest(x, kRoundedDepth);
+  void set(const float* from, float most) noexcept {
+    const Largest largest(from, kRoundedDepth);
     unit = largest.magnitude / most;
     const float factor = most * largest.inverse;
-    for (float& number : x) number *= factor;
+    for (Index j = 0; j < kRoundedDepth; j += kLanes) store_lanes(load_lanes(from + j) * factor, x + j);
   }
 };
 
@@ -128,33 +126,32 @@ struct WeightsInUnits {
 
   WeightsInUnits(const float* a, Index a_stride, Index count) noexcept {
     for (Index i = 0; i < kRows; ++i) {
-      float* x = of[i].x;
-      if (count == kRoundedDepth) {  // a constant count is no call
-        std::copy_n(a + i * a_stride, kRoundedDepth, x);
-      } else {
-        std::fill(std::copy_n(a + i * a_stride, count, x), x + kRoundedDepth, 0.f);
+      const float* row = a + i * a_stride;
+      float all[kRoundedDepth];
+      if (count < kRoundedDepth) {
+        std::fill(std::copy_n(row, count, all), all + kRoundedDepth, 0.f);
+        row = all;
       }
-      of[i].divide(kMostUnits);
+      of[i].set(row, kMostUnits);
     }
   }
 };
 
-/// Scales of up to kBlocksAtATime blocks of each of up to kRoundedDepth rows, and zeros.
+/// Scales of up to kBlocksAtATime blocks of each of up to kRoundedDepth rows; of the last row again where there are fewer.
 struct ScalesInUnits {
   InUnits of[kBlocksAtATime];
 
   template <Stored E>
   ScalesInUnits(const E* b, Index units, Index count, Index blocks) noexcept {
-    std::uint16_t bits[kBlocksAtATime][kRoundedDepth];
     with_constant<kBlocksAtATime>(blocks, [&](auto constant) {
-      for (Index j = 0; j < count; ++j) {
-        for (Index u = 0; u < constant(); ++u) bits[u][j] = b[j * units + u].scale.bits;
+      float x[kBlocksAtATime][kRoundedDepth];
+      for (Index j = 0; j < kRoundedDepth; j += kLanes) {
+        const FewColumns<kLanes, E> rows(b, units, std::min(j, count - 1), count);
+        for (Index u = 0; u < constant(); ++u) {
+          store_lanes(f16_lanes([&](Index l) { return rows.row[l][u].scale.bits; }), x[u] + j);
+        }
       }
-      for (Index u = 0; u < constant(); ++u) {
-        std::fill(bits[u] + count, bits[u] + kRoundedDepth, std::uint16_t{0});
-        for (Index j = 0; j < kRoundedDepth; j += kLanes) store_lanes(load_f16_lanes(bits[u] + j), of[u].x + j);
-        of[u].divide(1.f);
-      }
+      for (Index u = 0; u < constant(); ++u) of[u].set(x[u], 1.f);
     });
   }
 };
@@ -202,17 +199,17 @@ void add_few(const float* a, Index a_stride, Index m, const E* b, Index k, Index
     const Index depth = std::min(kRoundedDepth, k - first);
     const E* rows_of_b = b + first * units;
     const Index ahead = bytes_of<E>(depth * n) + kAhead / 2;  // all of these rows are read several times
-    for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
-      const WeightsInUnits<rows()> weights(a + i * a_stride + first, a_stride, depth);
-      for (Index v = 0; v < units; v += kBlocksAtATime) {
-        const Index blocks = std::min(kBlocksAtATime, units - v);
-        const ScalesInUnits scales(rows_of_b + v, units, depth, blocks);
+    for (Index v = 0; v < units; v += kBlocksAtATime) {
+      const Index blocks = std::min(kBlocksAtATime, units - v);
+      const ScalesInUnits scales(rows_of_b + v, units, depth, blocks);
+      for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
+        const WeightsInUnits<rows()> weights(a + i * a_stride + first, a_stride, depth);
         for (Index u = v; u < v + blocks; ++u) {
           add_block<rows()>(weights, scales.of[u - v], rows_of_b + u, units, depth, c + i * c_stride + u * kBlockSize,
                             c_stride, ahead + bytes_of<E>(u * depth * kBlockSize));
         }
-      }
-    });
+      });
+    }
   }
 }
 

@@ -12,6 +12,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "kvfold/detail/lanes.hpp"
 #include "kvfold/types.hpp"
@@ -127,13 +128,18 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 #endif
 }
 
-/// One fp16 number, kLanes times.
-[[nodiscard]] inline Lanes load_f16_in_all_lanes(std::uint16_t number) noexcept {
-  const auto bits = static_cast<std::int16_t>(number);
+/// kLanes fp16 numbers, lane i of those bits that bits_of(i) gives.
+template <class F>
+[[nodiscard]] Lanes f16_lanes(F bits_of) noexcept {
+  using Halves [[gnu::vector_size(kLanes * sizeof(std::uint16_t))]] = std::uint16_t;
+  const auto halves = [&]<std::size_t... i>(std::index_sequence<i...>) {
+    return Halves{bits_of(static_cast<Index>(i))...};
+  }
+  (std::make_index_sequence<kLanes>{});
 #if defined(__AVX512BW__)
-  return _mm512_cvtph_ps(_mm256_set1_epi16(bits));
+  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(halves));
 #else
-  return _mm256_cvtph_ps(_mm_set1_epi16(bits));
+  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(halves));
 #endif
 }
 
@@ -152,7 +158,8 @@ inline constexpr bool kHasWideLoads = false;
 
 Lanes load_f16_lanes(const void* from) noexcept;  // these only where there are wide loads
 Lanes load_i8_lanes(const void* from) noexcept;
-Lanes load_f16_in_all_lanes(std::uint16_t number) noexcept;
+template <class F>
+Lanes f16_lanes(F bits_of) noexcept;
 float wide_f16(std::uint16_t bits) noexcept;
 inline Index load_wide_f16(const void*, Index, float*) noexcept { return 0; }
 inline Index store_wide_f16(const float*, Index, void*) noexcept { return 0; }

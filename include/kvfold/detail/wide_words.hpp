@@ -108,11 +108,11 @@ class WideWords {
     for (Words& words : words_) words = in_register(words);
   }
 
-  /// Sums of 32 / kLanes products each. Exact, of bytes and of words but -2^15: they are below 2^24.
-  [[nodiscard]] friend Lanes dots(const WideWords& x, const WideWords& y) noexcept {
+  /// Sums of 32 / kLanes products each. Exact, of bytes and of words but -2^15: all of them together are below 2^27.
+  [[nodiscard]] friend IntLanes dots(const WideWords& x, const WideWords& y) noexcept {
     Words sums{};
     for (Index i = 0; i < kParts; ++i) sums = add_products(sums, x.words_[i], y.words_[i]);
-    return to_lanes(sums);
+    return reinterpret_cast<IntLanes>(sums);
   }
 
  private:
@@ -170,7 +170,7 @@ struct WideWords {
   explicit WideWords(const From& from) noexcept;
   void keep_in_registers() noexcept;
 };
-[[nodiscard]] Lanes dots(const WideWords& x, const WideWords& y) noexcept;
+[[nodiscard]] IntLanes dots(const WideWords& x, const WideWords& y) noexcept;
 struct PairsOfRows {
   template <class Block>
   PairsOfRows(const Block& block, const Block& other, Index first) noexcept;
