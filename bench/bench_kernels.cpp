@@ -62,7 +62,7 @@ void few(benchmark::State& state, const Settings& settings, bool dots, Index que
   const LayerShape shape{.kv_heads = 1, .group_size = 1, .key_dim = width, .value_dim = width};
   Layer<E> layer(shape, rows);
   const auto view = layer.view();
-  const E* stored = view.stored_keys(0, 0, rows);
+  const detail::RowsTogether<E> stored{view.stored_keys(0, 0, rows).data, detail::row_units<E>(width), rows};
   std::vector<float> floats(at(rows * width)), out(at(queries * std::max(rows, width)));
   view.read_keys(0, 0, rows, floats);
   Noise noise(2);
@@ -74,12 +74,12 @@ void few(benchmark::State& state, const Settings& settings, bool dots, Index que
   detail::Arena arena(memory.get());
   const auto rounded = detail::RoundedRows::take(arena, queries, width);
   const auto kernel = [&] {
-    if (!dots) return detail::add_few(weights.data(), rows, queries, stored, rows, width, out.data(), width);
+    if (!dots) return detail::add_few(weights.data(), rows, queries, stored, width, out.data(), width);
     if constexpr (detail::kAreIntegers<E>) {
       for (Index i = 0; i < queries; ++i) rounded.set(i, a.data() + i * width, width);
-      detail::few_dots(rounded, queries, stored, rows, width, out.data(), rows);
+      detail::few_dots(rounded, queries, stored, width, out.data(), rows);
     } else {
-      detail::few_dots(a.data(), width, queries, stored, rows, width, out.data(), rows);
+      detail::few_dots(a.data(), width, queries, stored, width, out.data(), rows);
     }
   };
   const auto eigen = [&] {

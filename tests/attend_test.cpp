@@ -1,6 +1,8 @@
 #include <kvfold/attend.hpp>
 #include <kvfold/exec/thread_pool.hpp>
+#include <kvfold/view/paged.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -82,6 +84,33 @@ TEST(Attend, ReadsEveryStorageType) {
   expect_oracle(ragged_cache<BFloat16, float>(shape, 150), queries.view());
 }
 
+TEST(Attend, ReadsFp8WithAndWithoutScales) {
+  constexpr LayerShape kShape{2, 3, 40, 24};
+  auto cache = ragged_cache<Float8E4M3>(kShape, 700);
+  for (const Index queries : {1, 2, 30}) expect_oracle(cache, make_queries(kShape, queries, 700).view());
+  std::vector<Index> rows{700, 351};
+  std::vector<Float8E4M3> keys, values;
+  for (Index h = 0; h < 2; ++h) {
+    for (Index t = 0; t < 700; ++t) {
+      const Index row = std::min(t, rows[static_cast<std::size_t>(h)] - 1);
+      keys.insert(keys.end(), cache.stored_keys(h, row, 1).data, cache.stored_keys(h, row, 1).data + 40);
+      values.insert(values.end(), cache.stored_values(h, row, 1).data, cache.stored_values(h, row, 1).data + 24);
+    }
+  }
+  const std::vector<float> scales{0.25f, 1.5f, 0.03f};
+  const StridedView<const Float8E4M3> view{.layer = kShape,
+                                           .keys = keys.data(),
+                                           .key_strides = Strides::head_major(700, 40),
+                                           .values = values.data(),
+                                           .value_strides = Strides::head_major(700, 24),
+                                           .rows = rows,
+                                           .key_scales = scales.data(),
+                                           .key_scale_strides = {1, 0},
+                                           .value_scales = scales.data() + 1,
+                                           .value_scale_strides = {1, 0}};
+  for (const Index queries : {1, 2, 30}) expect_oracle(view, make_queries(kShape, queries, 700).view());
+}
+
 TEST(Attend, ReadsRowsWithScalesOfTheirOwn) {
   constexpr LayerShape kShape{3, 2, 40, 24};
   expect_oracle(ragged_cache<Int8>(kShape, 150), make_queries(kShape, 4, 150).view());
@@ -138,6 +167,111 @@ TEST(Attend, ReadsEveryLayout) {
                                            .value_strides = value_strides,
                                            .rows = rows},
                   queries.view());
+  }
+}
+
+/// The rows of a cache where they lie in a tensor [token][head][dim], and in pages of such tensors in any order.
+template <class E>
+struct OtherPlaces {
+  static constexpr Index kPage = 16;
+
+  LayerShape shape;
+  Index tokens, pages = (tokens + kPage - 1) / kPage, units = shape.key_dim / kUnit<E>;
+  std::vector<E> keys, values;
+  std::vector<float> key_scales, value_scales;
+  std::vector<PageId> table;
+  std::vector<Index> rows;
+
+  OtherPlaces(const RaggedCache<E>& cache, Index longest)
+      : shape(cache.shape()),
+        tokens(longest),
+        keys(at(pages * kPage * shape.kv_heads * units)),
+        values(keys),
+        key_scales(at(pages * kPage * shape.kv_heads)),
+        value_scales(key_scales) {
+    for (Index h = 0; h < shape.kv_heads; ++h) rows.push_back(cache.size(h));
+  }
+
+  /// \param page_of the page of a token's page
+  template <class F>
+  void fill(const RaggedCache<E>& cache, F page_of) {
+    table.clear();
+    for (Index p = 0; p < pages; ++p) table.push_back(static_cast<PageId>(page_of(p)));
+    for (Index h = 0; h < shape.kv_heads; ++h) {
+      for (Index t = 0; t < cache.size(h); ++t) {
+        const Index row = (page_of(t / kPage) * kPage + t % kPage) * shape.kv_heads + h;
+        const StoredRows<E> key = cache.stored_keys(h, t, 1), value = cache.stored_values(h, t, 1);
+        std::copy_n(key.data, units, keys.data() + row * units);
+        std::copy_n(value.data, units, values.data() + row * units);
+        if (key.scales != nullptr) key_scales[at(row)] = *key.scales;
+        if (value.scales != nullptr) value_scales[at(row)] = *value.scales;
+      }
+    }
+  }
+  [[nodiscard]] StridedView<const E> by_token() {
+    const Strides strides{.head = units, .token = units * shape.kv_heads, .dim = 1};
+    const ScaleStrides of_scales{.head = 1, .token = shape.kv_heads};
+    StridedView<const E> view{.layer = shape,
+                              .keys = keys.data(),
+                              .key_strides = strides,
+                              .values = values.data(),
+                              .value_strides = strides,
+                              .rows = rows};
+    if constexpr (kRowScaled<E>) {
+      view.key_scales = key_scales.data();
+      view.value_scales = value_scales.data();
+      view.key_scale_strides = view.value_scale_strides = of_scales;
+    }
+    return view;
+  }
+  [[nodiscard]] PagedView<const E> in_pages() {
+    const PageStrides strides{.page = kPage * shape.kv_heads * units, .head = units, .token = shape.kv_heads * units};
+    PagedView<const E> view{.layer = shape,
+                            .page_size = kPage,
+                            .pages = pages,
+                            .keys = keys.data(),
+                            .key_strides = strides,
+                            .values = values.data(),
+                            .value_strides = strides};
+    view.tables = table;
+    view.rows = rows;
+    if constexpr (kRowScaled<E>) {
+      view.key_scales = key_scales.data();
+      view.value_scales = value_scales.data();
+      view.key_scale_strides =
+          view.value_scale_strides = {.page = kPage * shape.kv_heads, .head = 1, .token = shape.kv_heads};
+    }
+    return view;
+  }
+
+ private:
+  static std::size_t at(Index i) { return static_cast<std::size_t>(i); }
+};
+
+template <class E>
+class RowsInOtherPlaces : public testing::Test {};
+using StoredTypes = testing::Types<float, Float16, BFloat16, Float8E4M3, Int8, BlockQ8_0, BlockQ4_0>;
+TYPED_TEST_SUITE(RowsInOtherPlaces, StoredTypes);
+
+TYPED_TEST(RowsInOtherPlaces, GiveTheSameBits) {
+  constexpr Index kLongest = 1300;
+  const LayerShape shape{3, 3, 64, 64};
+  auto cache = make_cache<TypeParam>(shape, kLongest);
+  cache.resize(1, 521);
+  cache.resize(2, 1);
+  OtherPlaces<TypeParam> places(cache, kLongest);
+  for (const Index count : {1, 3, 20}) {
+    SCOPED_TRACE(count);
+    const auto queries = make_queries(shape, count, kLongest);
+    const auto wanted = run_attend(cache, queries.view());
+    places.fill(cache, [](Index page) { return page; });
+    const auto by_token = run_attend(places.by_token(), queries.view());
+    EXPECT_EQ(by_token.out, wanted.out);
+    EXPECT_EQ(by_token.log_sum_exp, wanted.log_sum_exp);
+    places.fill(cache, [&](Index page) { return (page * 7 + 3) % places.pages; });
+    const auto in_pages = run_attend(places.in_pages(), queries.view());
+    EXPECT_EQ(in_pages.out, wanted.out);
+    EXPECT_EQ(in_pages.log_sum_exp, wanted.log_sum_exp);
   }
 }
 

@@ -37,7 +37,7 @@ namespace detail {
 ///
 /// A query sees the rows of its KV head whose position is at most its own: causal among new rows whose keys are in the cache
 /// already. This is what an engine without ragged heads needs to use a compressed cache; the tests hold plans against it.
-/// Where rows are q8_0 or q4_0 in place and a head has up to 16 query rows, products are of integers where the target has AVX2: an element
+/// Where rows are q8_0 or q4_0 and a head has up to 16 query rows, products are of integers where the target has AVX2: an element
 /// of a query is rounded by at most 2^-16 of the largest, a weight times a value's scale by at most 2^-16 of the largest weight
 /// times the largest scale of 64 rows.
 /// `out` must not overlap the queries. Keys and values are not searched for NaN, and one in a row that a query cannot see

@@ -5,12 +5,14 @@
 #include <cmath>
 #include <concepts>
 #include <cstddef>
+#include <cstring>
 #include <limits>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "builders.hpp"
+#include "rows_anywhere.hpp"
 
 namespace kvfold::test {
 namespace {
@@ -115,7 +117,11 @@ TYPED_TEST(FewBlockRows, DotsAreThoseOfRoundedRowsAndNothingElseIsWritten) {
           const Rounded a(normals(m * width, random), m, width);
           const Index stride = n + 3;
           std::vector<float> got(at(m * stride), 77.f);
-          detail::few_dots(a.rows, m, b.blocks.data(), n, width, got.data(), stride);
+          detail::few_dots(a.rows, m, together(b.blocks, width / kBlockSize), width, got.data(), stride);
+          std::vector<float> same(at(m * stride), 77.f);
+          const Anywhere<TypeParam> anywhere(b.blocks, width / kBlockSize);
+          detail::few_dots(a.rows, m, anywhere.rows(), width, same.data(), stride);
+          ASSERT_EQ(same, got);
           for (Index i = 0; i < m; ++i) {
             for (Index j = 0; j < stride; ++j) {
               SCOPED_TRACE(testing::Message()
@@ -159,7 +165,7 @@ TYPED_TEST(FewBlockRows, DotsOfTheLargestNumbersAreExact) {
   if constexpr (detail::kAreIntegers<TypeParam>) {
     const Rounded a(std::vector<float>(64, -32767.f), 1, 64);  // a unit of 1
     float got = 0.f;
-    detail::few_dots(a.rows, 1, largest_blocks<TypeParam>(2, 1.f).data(), 1, 64, &got, 1);
+    detail::few_dots(a.rows, 1, together(largest_blocks<TypeParam>(2, 1.f), 2), 64, &got, 1);
     EXPECT_EQ(got, 32767.f * kMostOf<TypeParam> * 64.f);
   }
 }
@@ -170,7 +176,11 @@ std::vector<float> sums_of(const std::vector<float>& a, Index m, const std::vect
                            Index stride, float before) {
   std::vector<float> c(at(m * stride), before);
   if constexpr (detail::kAreIntegers<Block>) {
-    detail::add_few(a.data(), k, m, b.data(), k, width, c.data(), stride);
+    detail::add_few(a.data(), k, m, together(b, width / kBlockSize), width, c.data(), stride);
+    std::vector<float> same(at(m * stride), before);
+    const Anywhere<Block> anywhere(b, width / kBlockSize);
+    detail::add_few(a.data(), k, m, anywhere.rows(), width, same.data(), stride);
+    EXPECT_EQ(std::memcmp(same.data(), c.data(), c.size() * sizeof(float)), 0);  // bits: there are NaNs
   }
   return c;
 }

@@ -1,6 +1,7 @@
 // Products of a few rows, against plain loops in double.
 #include <kvfold/detail/few_rows.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <limits>
@@ -9,6 +10,7 @@
 #include <gtest/gtest.h>
 
 #include "builders.hpp"
+#include "rows_anywhere.hpp"
 
 namespace kvfold::test {
 namespace {
@@ -33,7 +35,7 @@ TEST_P(FewRows, DotsAreThoseOfEveryPairAndNothingElseIsWritten) {
   for (const Index n : {1, 2, 3, 5, 15, 16, 17, 40}) {
     const auto a = normals(m * kStride, random), b = normals(n * width, random);
     std::vector<float> c(at(m * kStride), 77.f);
-    detail::few_dots(a.data(), kStride, m, b.data(), n, width, c.data(), kStride);
+    detail::few_dots(a.data(), kStride, m, together(b, width), width, c.data(), kStride);
     for (Index i = 0; i < m; ++i) {
       for (Index j = 0; j < n; ++j) {
         double sum = 0.0, magnitude = 0.0;
@@ -55,7 +57,7 @@ TEST_P(FewRows, ProductsAreAddedToWhatIsThereAndNothingElseIsWritten) {
   for (const Index k : {1, 2, 16, 37}) {
     const auto a = normals(m * kStride, random), b = normals(k * width, random);
     std::vector<float> c(at(m * kStride), 0.5f);
-    detail::add_few(a.data(), kStride, m, b.data(), k, width, c.data(), kStride);
+    detail::add_few(a.data(), kStride, m, together(b, width), width, c.data(), kStride);
     for (Index i = 0; i < m; ++i) {
       for (Index x = 0; x < width; ++x) {
         double sum = 0.5, magnitude = 0.5;
@@ -100,7 +102,7 @@ INSTANTIATE_TEST_SUITE_P(Sizes, FewRows,
 /// Types that are converted in registers, against the same rows read as floats.
 template <class E>
 class FewStoredRows : public testing::Test {};
-using LaneTypes = testing::Types<float, BFloat16, Float16, Int8>;
+using LaneTypes = testing::Types<float, BFloat16, Float16, Float8E4M3, Int8>;
 TYPED_TEST_SUITE(FewStoredRows, LaneTypes);
 
 TYPED_TEST(FewStoredRows, AreMultipliedAsTheFloatsThatTheyMean) {
@@ -110,25 +112,53 @@ TYPED_TEST(FewStoredRows, AreMultipliedAsTheFloatsThatTheyMean) {
     Random random(5);
     for (const Index width : {32, 64, 96, 128, 160, 20, 33}) {
       for (const Index n : {1, 7, 33}) {
-        const Index units = width;
         const auto numbers = normals(n * width, random), a = normals(4 * width, random), w = normals(4 * n, random);
-        std::vector<TypeParam> stored(at(n * units));
+        std::vector<TypeParam> stored(at(n * width));
         std::vector<float> floats(at(n * width));
         float scale = 1.f;  // of a row, for types that have one: it is not in the products
         for (Index i = 0; i < n; ++i) {
-          detail::write_row<TypeParam>(numbers.data() + i * width, width, stored.data() + i * units, 1,
+          detail::write_row<TypeParam>(numbers.data() + i * width, width, stored.data() + i * width, 1,
                                        kRowScaled<TypeParam> ? &scale : nullptr);
         }
-        detail::read_rows<TypeParam>(stored.data(), units, 1, n, width, nullptr, 0, floats.data());
+        detail::read_rows<TypeParam>(stored.data(), width, 1, n, width, nullptr, 0, floats.data());
+        for (float& x : floats) x /= detail::kLaneFactor<TypeParam>;
+        const Anywhere<TypeParam> anywhere(stored, width);
         for (const Index m : {1, 2, 3, 4}) {
           SCOPED_TRACE(testing::Message() << "width " << width << ", n " << n << ", m " << m);
           std::vector<float> got(at(m * n)), expected(at(m * n)), sums(at(m * width), 1.f), expected_sums = sums;
-          detail::few_dots(a.data(), width, m, stored.data(), n, width, got.data(), n);
-          detail::few_dots(a.data(), width, m, floats.data(), n, width, expected.data(), n);
+          detail::few_dots(a.data(), width, m, together(floats, width), width, expected.data(), n);
+          detail::add_few(w.data(), n, m, together(floats, width), width, expected_sums.data(), width);
+          detail::few_dots(a.data(), width, m, together(stored, width), width, got.data(), n);
+          detail::add_few(w.data(), n, m, together(stored, width), width, sums.data(), width);
           EXPECT_EQ(got, expected);
-          detail::add_few(w.data(), n, m, stored.data(), n, width, sums.data(), width);
-          detail::add_few(w.data(), n, m, floats.data(), n, width, expected_sums.data(), width);
           EXPECT_EQ(sums, expected_sums);
+          std::fill(got.begin(), got.end(), 0.f);
+          std::fill(sums.begin(), sums.end(), 1.f);
+          detail::few_dots(a.data(), width, m, anywhere.rows(), width, got.data(), n);
+          detail::add_few(w.data(), n, m, anywhere.rows(), width, sums.data(), width);
+          EXPECT_EQ(got, expected);
+          EXPECT_EQ(sums, expected_sums);
+        }
+      }
+    }
+  }
+}
+
+TEST(FewRowsNumbers, LanesOfFp8AreTheNumbersOfAllCodes) {
+  if constexpr (!detail::kHasLanes<Float8E4M3>) {
+    GTEST_SKIP() << "no instructions for this type on this target";
+  } else {
+    std::vector<Float8E4M3> codes(256);
+    for (Index i = 0; i < 256; ++i) codes[at(i)].bits = static_cast<std::uint8_t>(i);
+    for (Index i = 0; i < 256; i += detail::kLanes) {
+      float lanes[detail::kLanes];
+      detail::store_lanes(detail::load_lanes_of(codes.data() + i), lanes);
+      for (Index l = 0; l < detail::kLanes; ++l) {
+        const float wanted = to_float(codes[at(i + l)]);
+        if (std::isnan(wanted)) {
+          EXPECT_TRUE(std::isnan(lanes[l])) << i + l;
+        } else {
+          EXPECT_EQ(lanes[l] * detail::kLaneFactor<Float8E4M3>, wanted) << i + l;
         }
       }
     }
@@ -142,7 +172,7 @@ TEST(FewRowsNumbers, ARowWithNanSpoilsItsOwnProductsOnly) {
   auto b = normals(n * width, random);
   b[4 * width + 7] = std::numeric_limits<float>::quiet_NaN();
   std::vector<float> c(m * n);
-  detail::few_dots(a.data(), width, m, b.data(), n, width, c.data(), n);
+  detail::few_dots(a.data(), width, m, together(b, width), width, c.data(), n);
   for (Index i = 0; i < m; ++i) {
     for (Index j = 0; j < n; ++j) EXPECT_EQ(std::isnan(c[at(i * n + j)]), j == 4) << i << " " << j;
   }

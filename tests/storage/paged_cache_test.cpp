@@ -154,7 +154,7 @@ TYPED_TEST(PagedCacheTest, HoldsTheRowsThatAreAppendedWhateverTheirStrides) {
     auto cache = TestFixture::make(pool);
     const NewRows rows(kShape, 0, 21, fill, orders(21, kShape.key_dim)[order], orders(21, kShape.value_dim)[2 - order]);
     ASSERT_TRUE(rows.append_to(cache).ok());
-    std::vector<float> key(ix(kShape.key_dim)), value(ix(kShape.value_dim));
+    std::vector<float> key(ix(kShape.key_dim)), value(ix(kShape.value_dim)), row(key.size());
     for (Index h = 0; h < kShape.kv_heads; ++h) {
       ASSERT_EQ(cache.size(h), 21);
       for (Index t = 0; t < 21; ++t) {
@@ -166,6 +166,10 @@ TYPED_TEST(PagedCacheTest, HoldsTheRowsThatAreAppendedWhateverTheirStrides) {
                   stored<typename TypeParam::Value>(values.subspan(ix((h * 21 + t) * kShape.value_dim), value.size())));
         EXPECT_EQ(cache.position(h, t), t);
         EXPECT_EQ(cache.log_mass(h, t), 0.f);
+        const auto as_stored = cache.stored_keys(h, t, 21 - t);
+        detail::read_rows(as_stored.data, as_stored.stride, 1, 1, kShape.key_dim, as_stored.scales, 1, row.data());
+        EXPECT_EQ(row, key);
+        EXPECT_LE(as_stored.count, 21 - t);
       }
     }
   }

@@ -338,19 +338,23 @@ TYPED_TEST(RaggedCacheTest, FloatRowsAreUsedInPlaceAndOthersAreNot) {
 
 TYPED_TEST(RaggedCacheTest, RowsAreGivenAsTheyAreStored) {
   auto cache = TestFixture::make(4);
-  EXPECT_EQ(to_float(cache.stored_keys(1, 2, 2)[kShape.key_dim]), key_of(1, 3, 0));
-  EXPECT_EQ(to_float(cache.stored_values(1, 2, 2)[kShape.value_dim]), value_of(1, 3, 0));
+  const auto keys = cache.stored_keys(1, 2, 2);
+  const auto values = cache.stored_values(1, 2, 2);
+  EXPECT_EQ(keys.count, 2);
+  EXPECT_EQ(values.count, 2);
+  EXPECT_EQ(to_float(keys.data[keys.stride]), key_of(1, 3, 0));
+  EXPECT_EQ(to_float(values.data[values.stride]), value_of(1, 3, 0));
 }
 
 TYPED_TEST(RaggedCacheTest, StoredRowsHaveNoScalesButThoseOfInt8) {
   const auto cache = TestFixture::make(4);
-  EXPECT_EQ(cache.stored_key_scales(1, 2).data, nullptr);
-  EXPECT_EQ(cache.stored_value_scales(1, 2).data, nullptr);
+  EXPECT_EQ(cache.stored_keys(1, 2, 1).scales, nullptr);
+  EXPECT_EQ(cache.stored_values(1, 2, 1).scales, nullptr);
   const auto scaled = test::make_cache<Int8>(kShape, 5);
   std::vector<float> row(static_cast<std::size_t>(kShape.key_dim));
   scaled.read_keys(1, 3, 1, row);
-  const StoredScales scales = scaled.stored_key_scales(1, 2);
-  EXPECT_EQ(scales.data[scales.stride] * static_cast<float>(scaled.stored_keys(1, 3, 1)[1].value), row[1]);
+  const StoredRows<Int8> stored = scaled.stored_keys(1, 2, 2);
+  EXPECT_EQ(stored.scales[stored.scale_stride] * static_cast<float>(stored.data[stored.stride + 1].value), row[1]);
 }
 
 TYPED_TEST(RaggedCacheTest, ReservedRoomMakesAppendingFreeOfAllocation) {

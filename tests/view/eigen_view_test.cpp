@@ -76,6 +76,17 @@ TEST(EigenViewTest, ReadsWholeMatricesInPlace) {
   EXPECT_EQ(view.value_rows(1, 3, 5)[kValueDim + 2], cache.value_matrices[1](4, 2));
 }
 
+TEST(EigenViewTest, GivesRowsOfWholeMatricesAndOfBlocksAsTheyAreStored) {
+  SplitCache split;
+  const auto whole = split.view().stored_keys(1, 3, 5);
+  EXPECT_EQ(whole.count, 5);
+  EXPECT_EQ(whole.data[whole.stride + 2], split.key_matrices[1](4, 2));
+  FusedCache fused;
+  const auto block = fused.view().stored_values(1, 3, 5);
+  EXPECT_EQ(block.count, 5);
+  EXPECT_EQ(block.data[block.stride + 2], fused.all(4, kHeads * kKeyDim + kValueDim + 2));
+}
+
 TEST(EigenViewTest, ReadsBlocksOfLargerMatricesByCopy) {
   FusedCache cache;
   const EigenView view = cache.view();

@@ -181,6 +181,24 @@ TYPED_TEST(EveryPageLayout, GivesFloatsInPlaceInsideOfAPageOnly) {
   EXPECT_EQ(view.value_rows(1, 15, 2), nullptr);
 }
 
+TYPED_TEST(EveryPageLayout, GivesRowsAsTheyAreStoredUpToTheEndOfAPage) {
+  typename TestFixture::Engine engine(this->cache, kPageSize);
+  const auto view = engine.view();
+  const auto expect_stored = [](const auto& rows, const auto* first, const PageStrides& s, Index count) {
+    if (s.dim != 1) {
+      EXPECT_EQ(rows.data, nullptr);
+      return;
+    }
+    EXPECT_EQ(rows.data, first);
+    EXPECT_EQ(rows.stride, s.token);
+    EXPECT_EQ(rows.count, count);
+    EXPECT_EQ(rows.scales, nullptr);
+  };
+  expect_stored(view.stored_keys(1, 18, 10), &engine.key(1, 18, 0), view.key_strides, 10);
+  expect_stored(view.stored_keys(1, 18, 60), &engine.key(1, 18, 0), view.key_strides, 14);
+  expect_stored(view.stored_values(1, 15, 2), &engine.value(1, 15, 0), view.value_strides, 1);
+}
+
 TYPED_TEST(EveryPageLayout, CompressesAsContiguousRowsDo) {
   const Ems::Options options{.score = {.window = 16, .protect = {.sinks = 2, .recent = 6}},
                              .budget = {.rows = 25},

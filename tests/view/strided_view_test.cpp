@@ -232,18 +232,24 @@ TYPED_TEST(StridedViewTest, OnlyFloatRowsThatFollowEachOtherAreUsedInPlace) {
   }
 }
 
-TYPED_TEST(StridedViewTest, RowsThatFollowEachOtherAreGivenAsTheyAreStored) {
+TYPED_TEST(StridedViewTest, RowsWhoseNumbersFollowEachOtherAreGivenAsTheyAreStored) {
   for (const Order keys : kOrders) {
     for (const Order values : kOrders) {
       typename TestFixture::TestedEngine engine(keys, values);
       const auto view = engine.view();
-      ASSERT_EQ(view.stored_keys(2, 5, 10) != nullptr, keys == Order::head_major);
-      ASSERT_EQ(view.stored_values(2, 5, 10) != nullptr, values == Order::head_major);
-      for (Index i = 0; i < 10 * kKeyDim && keys == Order::head_major; ++i) {
-        ASSERT_EQ(to_float(view.stored_keys(2, 5, 10)[i]), element(2, 5 + i / kKeyDim, i % kKeyDim, 0));
+      const auto of_keys = view.stored_keys(2, 5, 10);
+      const auto of_values = view.stored_values(2, 5, 10);
+      ASSERT_EQ(of_keys.data != nullptr, keys != Order::transposed);
+      ASSERT_EQ(of_values.data != nullptr, values != Order::transposed);
+      for (Index i = 0; i < 10 * kKeyDim && keys != Order::transposed; ++i) {
+        ASSERT_EQ(of_keys.count, 10);
+        ASSERT_EQ(to_float(of_keys.data[i / kKeyDim * of_keys.stride + i % kKeyDim]),
+                  element(2, 5 + i / kKeyDim, i % kKeyDim, 0));
       }
-      for (Index i = 0; i < 10 * kValueDim && values == Order::head_major; ++i) {
-        ASSERT_EQ(to_float(view.stored_values(2, 5, 10)[i]), element(2, 5 + i / kValueDim, i % kValueDim, 100));
+      for (Index i = 0; i < 10 * kValueDim && values != Order::transposed; ++i) {
+        ASSERT_EQ(of_values.count, 10);
+        ASSERT_EQ(to_float(of_values.data[i / kValueDim * of_values.stride + i % kValueDim]),
+                  element(2, 5 + i / kValueDim, i % kValueDim, 100));
       }
     }
   }
@@ -353,13 +359,6 @@ TEST(StridedViewOfConst, CanBeReadButNotWritten) {
   view.read_values(2, 30, 1, row);
   EXPECT_EQ(row[3], element(2, 30, 3, 100));
   EXPECT_NE(view.key_rows(0, 0, 1), nullptr);
-}
-
-TEST(StridedViewOfFloats, PaddedRowsAreNotGivenAsTheyAreStored) {
-  FloatEngine engine(Strides{.head = kKeyDim, .token = kHeads * kKeyDim, .dim = 1},
-                     Strides{.head = kValueDim, .token = kHeads * kValueDim, .dim = 1});
-  EXPECT_EQ(engine.view().stored_keys(0, 0, 1), nullptr);
-  EXPECT_EQ(engine.view().stored_values(0, 0, 1), nullptr);
 }
 
 // --- Blocks and scales -----------------------------------------------------------------------------------------
@@ -560,14 +559,17 @@ TEST(StridedViewOfBlocks, IsCompressedInPlace) {
 TEST(StridedViewOfBlocks, BlocksAndRowsWithScalesAreGivenAsTheyAreStored) {
   QuantisedEngine<BlockQ8_0, Int8> engine;
   const auto view = engine.view();
-  EXPECT_EQ(view.stored_keys(1, 3, 4), &engine.keys[(kRows + 3) * 2]);
-  EXPECT_EQ(view.stored_key_scales(1, 3).data, nullptr);
-  EXPECT_EQ(view.stored_values(1, 3, 4), &engine.values[(kRows + 3) * 32]);
-  EXPECT_EQ(view.stored_value_scales(1, 3).data, &engine.value_scales[kRows + 3]);
-  EXPECT_EQ(view.stored_value_scales(1, 3).stride, 1);
+  const StoredRows<BlockQ8_0> keys = view.stored_keys(1, 3, 4);
+  EXPECT_EQ(keys.data, &engine.keys[(kRows + 3) * 2]);
+  EXPECT_EQ(keys.stride, 2);
+  EXPECT_EQ(keys.scales, nullptr);
+  const StoredRows<Int8> values = view.stored_values(1, 3, 4);
+  EXPECT_EQ(values.data, &engine.values[(kRows + 3) * 32]);
+  EXPECT_EQ(values.scales, &engine.value_scales[kRows + 3]);
+  EXPECT_EQ(values.scale_stride, 1);
   QuantisedEngine<Float8E4M3, Float8E4M3> scaled_by_head;
-  EXPECT_EQ(scaled_by_head.view().stored_key_scales(1, 3).data, &scaled_by_head.key_scales[1]);
-  EXPECT_EQ(scaled_by_head.view().stored_key_scales(1, 3).stride, 0);
+  EXPECT_EQ(scaled_by_head.view().stored_keys(1, 3, 1).scales, &scaled_by_head.key_scales[1]);
+  EXPECT_EQ(scaled_by_head.view().stored_keys(1, 3, 1).scale_stride, 0);
 }
 
 }  // namespace

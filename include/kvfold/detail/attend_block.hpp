@@ -100,9 +100,26 @@ struct AttendSpace {
   }
 };
 
+/// What rows are stored as, where the view tells.
+template <class V>
+struct StoredTypes {
+  using Key = float;
+  using Value = float;
+};
+template <HasStoredRows V>
+struct StoredTypes<V> {
+  using Key = std::remove_cvref_t<decltype(*std::declval<const V&>().stored_keys(0, 0, 0).data)>;
+  using Value = std::remove_cvref_t<decltype(*std::declval<const V&>().stored_values(0, 0, 0).data)>;
+};
+
 /// Attention of up to kQueryTile query rows of one KV head, tile by tile with a running maximum.
 template <KVCacheView V>
 class AttendBlock {
+  using Key = typename StoredTypes<V>::Key;
+  using Value = typename StoredTypes<V>::Value;
+  template <Stored E>
+  static constexpr bool kInRegisters = HasStoredRows<V> && (kHasLanes<E> || kAreIntegers<E>);
+
  public:
   AttendBlock(const V& view, Index h, const QueryRows& queries, const AttendScratch& scratch) noexcept
       : view_(view), h_(h), queries_(queries), s_(scratch), shape_(view.shape()) {}
@@ -162,7 +179,7 @@ class AttendBlock {
       sum_[r] = 0.f;
     }
     scale(s_.queries.data(), count * shape_.key_dim, queries_.logit_scale());
-    if constexpr (kKeysAreIntegers) {
+    if constexpr (kInRegisters<Key> && kAreIntegers<Key>) {
       for (Index r = 0; few_ && r < count; ++r) {
         s_.rounded.set(r, s_.queries.data() + r * shape_.key_dim, shape_.key_dim);
       }
@@ -183,8 +200,6 @@ class AttendBlock {
   void add_tile(Index t, Index n) noexcept {
     if (!few_) return add_tile_of_panels(t, n);
     set_logits(t, n);
-    fetch_first_values(t, n);
-    set_weights(t, n);
     add_values(t, n);
   }
 
@@ -211,79 +226,69 @@ class AttendBlock {
     add_weighted_rows(w, columns_, count_, value_tile(view_, h_, t, n, s_.values), n, width, s_.out.data(), width);
   }
 
-  /// Memory has something to do while weights are made.
-  void fetch_first_values(Index t, Index n) const noexcept {
-    if constexpr (HasStoredRows<V>) {
-      const auto* values = view_.stored_values(h_, t, n);
-      if (values != nullptr) fetch<kAhead>(values, 0);
-    }
-  }
-
   void set_logits(Index t, Index n) noexcept {
     const Index width = shape_.key_dim;
-    const auto dots = [&](const auto* keys, Index first, Index m) {
-      float* to = s_.weights.data() + first;
-      if constexpr (kAreIntegers<std::remove_cvref_t<decltype(*keys)>>) {
-        few_dots(s_.rounded, count_, keys, m, width, to, tile_);
-      } else {
-        few_dots(s_.queries.data(), width, count_, keys, m, width, to, tile_);
-      }
-    };
-    if constexpr (HasStoredRows<V>) {
-      const auto in_place = [&](const auto* keys) {
-        dots(keys, 0, n);
-        if constexpr (HasStoredScales<V>) scale_columns(view_.stored_key_scales(h_, t), n);
+    if constexpr (kInRegisters<Key>) {
+      const auto stored = [&](Index row, Index rows) { return view_.stored_keys(h_, row, rows); };
+      const auto dots = [&](const auto& keys, bool scaled) {
+        if constexpr (kAreIntegers<Key>) {
+          few_dots(s_.rounded, count_, keys, width, s_.weights.data(), tile_);
+        } else {
+          few_dots(s_.queries.data(), width, count_, keys, width, s_.weights.data(), tile_);
+        }
+        scale_columns<Key>(n, scaled);
       };
-      if (read_in_lanes(view_.stored_keys(h_, t, n), in_place)) return;
+      if (with_rows(stored, width, t, n, keys_, dots)) return;
     }
     for (Index first = 0; first < n; first += kFewTile) {
       const Index m = std::min(kFewTile, n - first);
-      dots(key_tile(view_, h_, t + first, m, s_.keys), first, m);
+      const RowsTogether<float> keys{key_tile(view_, h_, t + first, m, s_.keys), width, m};
+      few_dots(s_.queries.data(), width, count_, keys, width, s_.weights.data() + first, tile_);
     }
   }
 
+  /// Weights of what `set_logits` has set, and the values that they are of.
   void add_values(Index t, Index n) noexcept {
     const Index width = shape_.value_dim;
-    const auto add = [&](const auto* values, Index first, Index m) {
-      add_few(s_.weights.data() + first, tile_, count_, values, m, width, s_.out.data(), width);
-    };
-    if constexpr (HasStoredRows<V>) {
-      const auto in_place = [&](const auto* values) {
-        if constexpr (HasStoredScales<V>) scale_columns(view_.stored_value_scales(h_, t), n);
-        add(values, 0, n);
+    if constexpr (kInRegisters<Value>) {
+      const auto stored = [&](Index row, Index rows) { return view_.stored_values(h_, row, rows); };
+      const auto add = [&](const auto& values, bool scaled) {
+        values.fetch_first();  // memory has something to do while weights are made
+        set_weights(t, n);
+        scale_columns<Value>(n, scaled);
+        add_few(s_.weights.data(), tile_, count_, values, width, s_.out.data(), width);
       };
-      if (read_in_lanes(view_.stored_values(h_, t, n), in_place)) return;
+      if (with_rows(stored, width, t, n, values_, add)) return;
     }
+    set_weights(t, n);
     for (Index first = 0; first < n; first += kFewTile) {
       const Index m = std::min(kFewTile, n - first);
-      add(value_tile(view_, h_, t + first, m, s_.values), first, m);
+      const RowsTogether<float> values{value_tile(view_, h_, t + first, m, s_.values), width, m};
+      add_few(s_.weights.data() + first, tile_, count_, values, width, s_.out.data(), width);
     }
   }
 
-  /// Logits times the scales of n keys, or weights times those of values.
-  void scale_columns(const StoredScales& scales, Index n) noexcept {
-    if (scales.data == nullptr) return;
-    for (Index j = 0; j < n; ++j) s_.scales[at(j)] = scales.data[j * scales.stride];
-    for (Index r = 0; r < count_; ++r) multiply(s_.weights.data() + r * tile_, s_.scales.data(), n);
+  /// Calls f(rows, whether they have scales) where rows can be converted in registers. \returns whether it did.
+  template <class F, class E, class G>
+  [[nodiscard]] bool with_rows(F stored, Index width, Index t, Index n, const E** to, G f) noexcept {
+    return with_stored_rows<E>(stored, row_units<E>(width), t, n, static_cast<Index>(view_.size(h_)), to,
+                               s_.scales.data(), f);
   }
 
-  /// Whether keys are multiplied as the integers that they are stored as, with rounded queries.
-  static constexpr bool kKeysAreIntegers = [] {
-    if constexpr (HasStoredRows<V>) {
-      using E = std::remove_cvref_t<decltype(*std::declval<const V&>().stored_keys(0, 0, 0))>;
-      return kAreIntegers<E>;
+  /// Logits times the scales of n keys, where they have any, or weights times those of values.
+  template <Stored E>
+  void scale_columns(Index n, bool scaled) noexcept {
+    constexpr float kFactor = kAreIntegers<E> ? 1.f : kLaneFactor<E>;
+    if (!scaled && kFactor == 1.f) return;
+    if (scaled && kFactor != 1.f) scale(s_.scales.data(), n, kFactor);
+    for (Index r = 0; r < count_; ++r) {
+      float* row = s_.weights.data() + r * tile_;
+      if (scaled) {
+        multiply(row, s_.scales.data(), n);
+      } else {
+        scale(row, n, kFactor);
+      }
     }
-    return false;
-  }();
-
-  /// Calls f(rows) where there are rows and they can be converted in registers. \returns whether it did.
-  template <Stored E, class F>
-  static bool read_in_lanes(const E* rows, F f) noexcept {
-    if constexpr (kHasLanes<E> || kAreIntegers<E>) {
-      if (rows != nullptr) f(rows);
-      return rows != nullptr;
-    }
-    return false;
   }
 
   /// Logits to weights under the largest logit so far; what was summed under a smaller one is corrected.
@@ -332,6 +337,8 @@ class AttendBlock {
   bool few_ = false;
   Index tile_ = kPanelTile;
   bool masses_are_finite_ = true;  // of the rows that were loaded
+  const Key* keys_[kFewKeys + kMostAhead];
+  const Value* values_[kFewKeys + kMostAhead];
   Index visible_[kQueryTile] = {};
   float max_[kQueryTile] = {};
   float sum_[kQueryTile] = {};

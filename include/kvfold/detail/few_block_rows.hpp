@@ -63,8 +63,9 @@ struct RoundedRows {
 };
 
 /// `few_dots` for kRows rows of a, from row `row` on.
-template <Index kRows, Stored E>
-void few_dots_of(const RoundedRows& a, Index row, const E* b, Index n, Index k, float* c, Index c_stride) noexcept {
+template <Index kRows, class Rows>
+void few_dots_of(const RoundedRows& a, Index row, const Rows& b, Index k, float* c, Index c_stride) noexcept {
+  using E = typename Rows::Unit;
   constexpr Index kColumns = kFewColumns<kRows>, kBytes = bytes_of<E>(kColumns * kBlockSize);
   const Index units = k / kBlockSize;
   const std::int16_t* value = a.value.data() + row * k;
@@ -72,11 +73,12 @@ void few_dots_of(const RoundedRows& a, Index row, const E* b, Index n, Index k, 
   for (Index i = 0; i < kRows; ++i) {
     std::fill_n(unit + i * kColumns, kColumns, a.unit[static_cast<std::size_t>(row + i)]);
   }
-  for (Index first = 0; first < n; first += kColumns) {
-    const FewColumns<kColumns, E> of(b, units, first, n);
+  for (Index first = 0; first < b.count; first += kColumns) {
+    const FewColumns<kColumns, E> of(b, first);
+    typename Rows::Ahead next(b, first, kAhead);
     Lanes total{};
     for (Index u = 0; u < units; ++u) {
-      fetch_ahead<kBytes>(of.row[0], u * kBytes);
+      next.template fetch<kBytes>();
       IntLanes sums[kLanes];
       clear(sums);
       for (Index i = 0; i < kRows; ++i) {
@@ -93,12 +95,12 @@ void few_dots_of(const RoundedRows& a, Index row, const E* b, Index n, Index k, 
   }
 }
 
-/// c = a * b^T for a [m][k] and c [m][n] with a row stride, b [n][k] stored without gaps.
-template <Stored E>
-  requires kAreIntegers<E>
-void few_dots(const RoundedRows& a, Index m, const E* b, Index n, Index k, float* c, Index c_stride) noexcept {
+/// c = a * b^T for a [m][k], rows b of k numbers and c [m][rows of b] with a row stride.
+template <class Rows>
+  requires kAreIntegers<typename Rows::Unit>
+void few_dots(const RoundedRows& a, Index m, const Rows& b, Index k, float* c, Index c_stride) noexcept {
   for_groups_of_rows<kMostFewRows>(
-      m, [&](Index i, auto rows) { few_dots_of<rows()>(a, i, b, n, k, c + i * c_stride, c_stride); });
+      m, [&](Index i, auto rows) { few_dots_of<rows()>(a, i, b, k, c + i * c_stride, c_stride); });
 }
 
 /// Rows whose factors `add_few` rounds together: they stay in the first cache, and sums of their products below 2^31.
@@ -141,14 +143,15 @@ struct WeightsInUnits {
 struct ScalesInUnits {
   InUnits of[kBlocksAtATime];
 
-  template <Stored E>
-  ScalesInUnits(const E* b, Index units, Index count, Index blocks) noexcept {
+  /// \param first block
+  template <class Rows>
+  ScalesInUnits(const Rows& b, Index first, Index blocks) noexcept {
     with_constant<kBlocksAtATime>(blocks, [&](auto constant) {
       float x[kBlocksAtATime][kRoundedDepth];
       for (Index j = 0; j < kRoundedDepth; j += kLanes) {
-        const FewColumns<kLanes, E> rows(b, units, std::min(j, count - 1), count);
+        const FewColumns<kLanes, typename Rows::Unit> rows(b, std::min(j, b.count - 1));
         for (Index u = 0; u < constant(); ++u) {
-          store_lanes(f16_lanes([&](Index l) { return rows.row[l][u].scale.bits; }), x[u] + j);
+          store_lanes(f16_lanes([&](Index l) { return rows.row[l][first + u].scale.bits; }), x[u] + j);
         }
       }
       for (Index u = 0; u < constant(); ++u) of[u].set(x[u], 1.f);
@@ -156,10 +159,12 @@ struct ScalesInUnits {
   }
 };
 
-/// `add_few` for one block of each of k <= kRoundedDepth rows of b. Meanwhile what lies `ahead` bytes from b on is asked for.
-template <Index kRows, Stored E>
-void add_block(const WeightsInUnits<kRows>& weights, const InUnits& scales, const E* b, Index units, Index k, float* c,
-               Index c_stride, Index ahead) noexcept {
+/// `add_few` for one block of each of up to kRoundedDepth rows of b.
+template <Index kRows, class Rows>
+void add_block(const WeightsInUnits<kRows>& weights, const InUnits& scales, const Rows& b, Index block, float* c,
+               Index c_stride, typename Rows::Ahead& next) noexcept {
+  using E = typename Rows::Unit;
+  typename Rows::Ahead ahead = next;  // in registers
   std::int16_t factors[kMostFewRows][kRoundedDepth];
   for (Index i = 0; i < kRows; ++i) {
     for (Index j = 0; j < kRoundedDepth; j += 2 * kLanes) {
@@ -171,42 +176,44 @@ void add_block(const WeightsInUnits<kRows>& weights, const InUnits& scales, cons
   constexpr Index kBytes = bytes_of<E>(2 * kParts * kPart);                                             // of two rows
   for (Index d = 0; d < kBlockSize; d += kParts * kPart) {
     SumsOfRows sums[kMostFewRows][2];
-    const auto add = [&](const E& block, const E& other, Index j) {
+    const auto add = [&](const E& one, const E& other, Index j) {
       for (Index p = 0; p < kParts; ++p) {
-        const PairsOfRows rows(block, other, d + p * kPart);
+        const PairsOfRows rows(one, other, d + p * kPart);
         for (Index i = 0; i < kRows; ++i) sums[i][p].add(rows, factors[i] + j);
       }
     };
-    for (Index j = 0; j + 1 < k; j += 2, ahead += kBytes) {
-      fetch<kBytes>(b, ahead);
-      add(b[j * units], b[(j + 1) * units], j);
+    for (Index j = 0; j + 1 < b.count; j += 2) {
+      ahead.template fetch<kBytes>();
+      add(b.row(j)[block], b.row(j + 1)[block], j);
     }
-    if (const E& last = b[(k - 1) * units]; k % 2 != 0) add(last, last, k - 1);  // once times 0
+    if (const E& last = b.row(b.count - 1)[block]; b.count % 2 != 0) add(last, last, b.count - 1);  // once times 0
     for (Index i = 0; i < kRows; ++i) {
       const float unit = weights.of[i].unit * scales.unit;
       for (Index p = 0; p < kParts; ++p) sums[i][p].add_to(c + i * c_stride + d + p * kPart, unit);
     }
   }
+  next = ahead;
 }
 
-/// c += a * b for a [m][k] and c [m][n] with the given row strides, b [k][n] stored without gaps. A row's factor for a block,
-/// number times scale, is rounded: by at most 2^-16 of the largest number times the largest scale of up to kRoundedDepth rows.
-template <Stored E>
-  requires kAreIntegers<E>
-void add_few(const float* a, Index a_stride, Index m, const E* b, Index k, Index n, float* c, Index c_stride) noexcept {
+/// c += a * b for a [m][rows of b], rows b of n numbers and c [m][n]; a and c have the given row strides. A row's factor for
+/// a block, number times scale, is rounded: by at most 2^-16 of the largest number times the largest scale of up to
+/// kRoundedDepth rows.
+template <class Rows>
+  requires kAreIntegers<typename Rows::Unit>
+void add_few(const float* a, Index a_stride, Index m, const Rows& b, Index n, float* c, Index c_stride) noexcept {
   const Index units = n / kBlockSize;
-  for (Index first = 0; first < k; first += kRoundedDepth) {
-    const Index depth = std::min(kRoundedDepth, k - first);
-    const E* rows_of_b = b + first * units;
-    const Index ahead = bytes_of<E>(depth * n) + kAhead / 2;  // all of these rows are read several times
+  for (Index first = 0; first < b.count; first += kRoundedDepth) {
+    const Rows some = b.part(first, kRoundedDepth);
+    typename Rows::Ahead next(b, first + some.count - 1, kAhead / 2);  // all of these are read several times
     for (Index v = 0; v < units; v += kBlocksAtATime) {
       const Index blocks = std::min(kBlocksAtATime, units - v);
-      const ScalesInUnits scales(rows_of_b + v, units, depth, blocks);
+      const ScalesInUnits scales(some, v, blocks);
+      const typename Rows::Ahead from = next;
       for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
-        const WeightsInUnits<rows()> weights(a + i * a_stride + first, a_stride, depth);
+        const WeightsInUnits<rows()> weights(a + i * a_stride + first, a_stride, some.count);
+        next = from;
         for (Index u = v; u < v + blocks; ++u) {
-          add_block<rows()>(weights, scales.of[u - v], rows_of_b + u, units, depth, c + i * c_stride + u * kBlockSize,
-                            c_stride, ahead + bytes_of<E>(u * depth * kBlockSize));
+          add_block<rows()>(weights, scales.of[u - v], some, u, c + i * c_stride + u * kBlockSize, c_stride, next);
         }
       });
     }

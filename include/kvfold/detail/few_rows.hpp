@@ -12,6 +12,7 @@
 
 #include "kvfold/detail/lanes.hpp"
 #include "kvfold/detail/row_codec.hpp"
+#include "kvfold/detail/stored_rows.hpp"
 #include "kvfold/detail/wide_loads.hpp"
 #include "kvfold/types.hpp"
 
@@ -20,9 +21,14 @@ namespace kvfold::detail {
 /// Whether rows of E can be read by `load_lanes_of`.
 template <Stored E>
 inline constexpr bool kHasLanes = std::same_as<E, float> || std::same_as<E, BFloat16> ||
-                                  (kHasWideLoads && (std::same_as<E, Float16> || std::same_as<E, Int8>));
+                                  (kHasWideLoads &&
+                                   (std::same_as<E, Float16> || std::same_as<E, Float8E4M3> || std::same_as<E, Int8>));
 
-/// kLanes stored numbers, before any scale.
+/// What numbers of E are to be multiplied with that `load_lanes_of` has read, and so the products below: a power of two.
+template <Stored E>
+inline constexpr float kLaneFactor = std::same_as<E, Float8E4M3> ? 0x1p8f : 1.f;
+
+/// kLanes stored numbers by kLaneFactor, before any scale.
 template <Stored E>
 [[nodiscard]] Lanes load_lanes_of(const E* from) noexcept {
   if constexpr (std::same_as<E, float>) {
@@ -31,26 +37,16 @@ template <Stored E>
     return load_bf16_lanes(from);
   } else if constexpr (std::same_as<E, Int8>) {
     return load_i8_lanes(from);
+  } else if constexpr (std::same_as<E, Float8E4M3>) {
+    return load_f8_lanes(from);
   } else {
     return load_f16_lanes(from);
   }
 }
-
-/// How far ahead rows are asked for, in bytes: they come from memory while those before them are worked on.
-inline constexpr Index kAhead = 8192;
-
-/// Asks for kBytes from `offset` bytes after an address; harmless where nothing is.
-template <Index kBytes, class E>
-void fetch(const E* from, Index offset) noexcept {
-  for (Index i = 0; i < kBytes; i += kCacheLine) fetch_line(from, offset + i);
-}
-
-/// Asks for kBytes that will be read `kAhead` bytes further on. Rows of the next tile are the next in memory, and
-/// processors fetch too little ahead while they compute. To be called often, for a little each time: what is asked for all
-/// at once is waited for.
-template <Index kBytes, class E>
-void fetch_ahead(const E* from, Index offset) noexcept {
-  fetch<kBytes>(from, offset + kAhead);
+/// One of them.
+template <Stored E>
+[[nodiscard]] float load_lane_of(E x) noexcept {
+  return load_unit(x) * (1.f / kLaneFactor<E>);
 }
 
 /// Bytes of so many elements of a row.
@@ -73,13 +69,8 @@ struct FewColumns {
   const E* row[kLanes];
   Index count;
 
-  FewColumns(const E* b, Index units, Index first, Index n) noexcept : count(std::min(kColumns, n - first)) {
-    const E* next = b + first * units;
-    for (Index j = 0; j < kColumns; ++j) {
-      row[j] = next;
-      if (j + 1 < count) next += units;
-    }
-  }
+  template <class Rows>
+  FewColumns(const Rows& b, Index first) noexcept : count(b.find(first, kColumns, row)) {}
   /// c = from, for one row of a.
   void store(const float* from, float* c) const noexcept {
     if (count == kColumns) {  // a constant count is no call
@@ -91,16 +82,18 @@ struct FewColumns {
 };
 
 /// `few_dots` for kRows rows of a.
-template <Index kRows, Stored E>
-void few_dots_of(const float* a, Index a_stride, const E* b, Index n, Index k, float* c, Index c_stride) noexcept {
+template <Index kRows, class Rows>
+void few_dots_of(const float* a, Index a_stride, const Rows& b, Index k, float* c, Index c_stride) noexcept {
+  using E = typename Rows::Unit;
   constexpr Index kColumns = kFewColumns<kRows>;
-  for (Index first = 0; first < n; first += kColumns) {
-    const FewColumns<kColumns, E> of(b, k, first, n);
+  for (Index first = 0; first < b.count; first += kColumns) {
+    const FewColumns<kColumns, E> of(b, first);
+    typename Rows::Ahead next(b, first, kAhead);
     Lanes sums[kLanes];
     clear(sums);
     Index d = 0;
     for (; d + kLanes <= k; d += kLanes) {
-      fetch_ahead<bytes_of<E>(kColumns * kLanes)>(of.row[0], bytes_of<E>(kColumns * d));
+      next.template fetch<bytes_of<E>(kColumns * kLanes)>();
       Lanes y[kLanes];
       for (Index j = 0; j < kColumns; ++j) {
         y[j] = load_lanes_of(of.row[j] + d);
@@ -115,7 +108,7 @@ void few_dots_of(const float* a, Index a_stride, const E* b, Index n, Index k, f
     store_lanes(sums_of_each(sums), out);
     for (; d < k; ++d) {
       for (Index j = 0; j < kColumns; ++j) {
-        const float y = load_unit(of.row[j][d]);
+        const float y = load_lane_of(of.row[j][d]);
         for (Index i = 0; i < kRows; ++i) out[i * kColumns + j] += a[i * a_stride + d] * y;
       }
     }
@@ -147,17 +140,18 @@ inline void dots_at(const float* x, const float* rows, Index width, const RowId*
 
 /// `add_few` for kRows rows of a, kWidth * kLanes columns of c at a time, from column `first` on.
 /// \returns the first column that was not done.
-template <Index kRows, Index kWidth, Stored E>
-Index add_few_of(const float* a, Index a_stride, const E* b, Index k, Index n, float* c, Index c_stride,
+template <Index kRows, Index kWidth, class Rows>
+Index add_few_of(const float* a, Index a_stride, const Rows& b, Index n, float* c, Index c_stride,
                  Index first) noexcept {
+  using E = typename Rows::Unit;
   for (; first + kWidth * kLanes <= n; first += kWidth * kLanes) {
     Lanes sums[kMostFewRows][kMostWidth];
     for (Index i = 0; i < kRows; ++i) {
       for (Index x = 0; x < kWidth; ++x) sums[i][x] = load_lanes(c + i * c_stride + first + x * kLanes);
     }
-    for (Index j = 0; j < k; ++j) {
-      const E* row = b + j * n + first;
-      fetch_ahead<bytes_of<E>(kWidth * kLanes)>(row, 0);
+    for (Index j = 0; j < b.count; ++j) {
+      const E* row = b.row(j) + first;
+      b.template fetch_after<bytes_of<E>(kWidth * kLanes)>(j, first);
       for (Index x = 0; x < kWidth; ++x) {
         const Lanes loaded = load_lanes_of(row + x * kLanes);
         const Lanes y = kRows > 1 ? in_register(loaded) : loaded;  // else it is used only once
@@ -171,38 +165,37 @@ Index add_few_of(const float* a, Index a_stride, const E* b, Index k, Index n, f
   return first;
 }
 
-template <Index kRows, Stored E>
-void add_few_of(const float* a, Index a_stride, const E* b, Index k, Index n, float* c, Index c_stride) noexcept {
+template <Index kRows, class Rows>
+void add_few_of(const float* a, Index a_stride, const Rows& b, Index n, float* c, Index c_stride) noexcept {
   constexpr auto kFits = static_cast<std::size_t>((kLanes == 16 ? 16 : 8) / kRows);  // sums in registers
   constexpr Index kWidth = std::min(kMostWidth, static_cast<Index>(std::bit_floor(kFits)));
-  Index first = add_few_of<kRows, kWidth>(a, a_stride, b, k, n, c, c_stride, 0);
-  first = add_few_of<kRows, 1>(a, a_stride, b, k, n, c, c_stride, first);
+  Index first = add_few_of<kRows, kWidth>(a, a_stride, b, n, c, c_stride, 0);
+  first = add_few_of<kRows, 1>(a, a_stride, b, n, c, c_stride, first);
   for (; first < n; ++first) {
-    for (Index j = 0; j < k; ++j) {
-      const float y = load_unit(b[j * n + first]);
+    for (Index j = 0; j < b.count; ++j) {
+      const float y = load_lane_of(b.row(j)[first]);
       for (Index i = 0; i < kRows; ++i) c[i * c_stride + first] += a[i * a_stride + j] * y;
     }
   }
 }
 
-/// c = a * b^T for a [m][k] and c [m][n] with the given row strides, b [n][k] stored without gaps.
-template <Stored E>
-  requires kHasLanes<E>
-void few_dots(const float* a, Index a_stride, Index m, const E* b, Index n, Index k, float* c,
-              Index c_stride) noexcept {
+/// c = a * b^T by kLaneFactor, for a [m][k], rows b of k numbers and c [m][rows of b]; a and c have the given row strides.
+template <class Rows>
+  requires kHasLanes<typename Rows::Unit>
+void few_dots(const float* a, Index a_stride, Index m, const Rows& b, Index k, float* c, Index c_stride) noexcept {
   for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
-    few_dots_of<rows()>(a + i * a_stride, a_stride, b, n, k, c + i * c_stride, c_stride);
+    few_dots_of<rows()>(a + i * a_stride, a_stride, b, k, c + i * c_stride, c_stride);
   });
 }
 
-/// c += a * b for a [m][k] and c [m][n] with the given row strides, b [k][n] stored without gaps.
-template <Stored E>
-  requires kHasLanes<E>
-void add_few(const float* a, Index a_stride, Index m, const E* b, Index k, Index n, float* c, Index c_stride) noexcept {
-  for (Index first = 0; first < k; first += kFewDepth) {
-    const Index depth = std::min(kFewDepth, k - first);
+/// c += a * b by kLaneFactor, for a [m][rows of b], rows b of n numbers and c [m][n]; a and c have the given row strides.
+template <class Rows>
+  requires kHasLanes<typename Rows::Unit>
+void add_few(const float* a, Index a_stride, Index m, const Rows& b, Index n, float* c, Index c_stride) noexcept {
+  for (Index first = 0; first < b.count; first += kFewDepth) {
+    const Rows some = b.part(first, kFewDepth);
     for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
-      add_few_of<rows()>(a + i * a_stride + first, a_stride, b + first * n, depth, n, c + i * c_stride, c_stride);
+      add_few_of<rows()>(a + i * a_stride + first, a_stride, some, n, c + i * c_stride, c_stride);
     });
   }
 }

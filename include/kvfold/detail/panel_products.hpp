@@ -126,17 +126,17 @@ void multiply_block(const float* a, BlockStrides of_a, const float* b, Index b_s
   }
 }
 
-/// What is read after the operands of a product, to be asked for meanwhile: `bytes` from `offset` bytes after an address.
+/// What is read after the operands of a product, to be asked for meanwhile: rows of so many bytes, and from one to the next.
 /// Harmless where nothing is.
 struct Ahead {
   const void* address = nullptr;
-  Index offset = 0, bytes = 0;
+  Index row_bytes = 0, stride = 0, rows = 0;
 
   /// Parts i to i + count of n: a little at a time, since what is asked for all at once is waited for.
   void fetch(Index i, Index n, Index count = 1) const noexcept {
-    const Index lines = (bytes + kCacheLine - 1) / kCacheLine;
+    const Index in_row = (row_bytes + kCacheLine - 1) / kCacheLine, lines = in_row * rows;
     for (Index line = lines * i / n; line < lines * (i + count) / n; ++line) {
-      fetch_line(address, offset + line * kCacheLine);
+      fetch_line(address, line / in_row * stride + line % in_row * kCacheLine);
     }
   }
 };
@@ -184,14 +184,18 @@ inline void add_weighted_rows(const float* weights, Index weight_stride, Index m
   }
 }
 
-/// What lies in memory after the keys of rows [t, t + n), as much as they are, where the view tells.
+/// The keys after rows [t, t + n), as many as they are, where the view tells.
 template <KVCacheView V>
 [[nodiscard]] Ahead keys_after(const V& view, Index h, Index t, Index n) noexcept {
   if constexpr (HasStoredRows<V>) {
-    const auto* rows = view.stored_keys(h, t, n);
-    using E = std::remove_cvref_t<decltype(*rows)>;
-    const Index bytes = n * row_units<E>(view.shape().key_dim) * static_cast<Index>(sizeof(E));
-    if (rows != nullptr) return {rows, bytes, bytes};
+    const Index left = static_cast<Index>(view.size(h)) - t - n;
+    if (left < 1) return {};
+    const auto rows = view.stored_keys(h, t + n, std::min(n, left));
+    using E = std::remove_cvref_t<decltype(*rows.data)>;
+    const auto size = static_cast<Index>(sizeof(E));
+    const Index units = row_units<E>(view.shape().key_dim);
+    if (rows.stride == units) return {rows.data, rows.count * units * size, 0, rows.data != nullptr ? 1 : 0};
+    return {rows.data, units * size, rows.stride * size, rows.data != nullptr ? rows.count : 0};
   }
   return {};
 }

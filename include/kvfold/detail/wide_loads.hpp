@@ -58,20 +58,22 @@ inline Index store_wide_f16(const float* from, Index n, void* to) noexcept {
   return whole;
 }
 
-/// fp8 e4m3 by way of fp16: a code's bits, moved by 7, are those of the fp16 number 2^-8 times as large.
+/// 16 fp8 e4m3 numbers times 2^-8 in fp16: codes' bits, moved by 7, are those of such numbers.
+[[nodiscard]] inline __m256i f16_of_16_f8(__m128i from) noexcept {
+  const __m256i codes = _mm256_cvtepi8_epi16(from);  // the sign is in the upper nine bits
+  const __m256i sign_and_number = _mm256_set1_epi16(static_cast<std::int16_t>(0xbf80));
+  const __m256i numbers = _mm256_and_si256(_mm256_slli_epi16(codes, 7), sign_and_number);
+  const __m256i is_nan = _mm256_cmpeq_epi16(_mm256_add_epi16(numbers, numbers), _mm256_set1_epi16(0x7f << 8));
+  const __m256i moved_nan_to_nan = _mm256_set1_epi16((0x7f << 7) ^ 0x7e00);
+  return _mm256_xor_si256(numbers, _mm256_and_si256(is_nan, moved_nan_to_nan));
+}
+
 inline Index load_wide_f8(const void* from, Index n, float* to) noexcept {
   const auto* bytes = static_cast<const unsigned char*>(from);
-  const __m256i magnitude_mask = _mm256_set1_epi16(0x7f), sign_mask = _mm256_set1_epi16(-0x8000);
-  const __m256i moved_nan_to_nan = _mm256_set1_epi16((0x7f << 7) ^ 0x7e00);
   const __m256 scale = _mm256_set1_ps(0x1p8f);
   const Index whole = n - n % 16;
   for (Index i = 0; i < whole; i += 16) {
-    const __m256i codes = _mm256_cvtepu8_epi16(load_16_bytes(bytes + i));
-    const __m256i magnitudes = _mm256_and_si256(codes, magnitude_mask);
-    const __m256i is_nan = _mm256_cmpeq_epi16(magnitudes, magnitude_mask);
-    const __m256i signs = _mm256_and_si256(_mm256_slli_epi16(codes, 8), sign_mask);
-    const __m256i numbers = _mm256_or_si256(signs, _mm256_slli_epi16(magnitudes, 7));
-    const __m256i halves = _mm256_xor_si256(numbers, _mm256_and_si256(is_nan, moved_nan_to_nan));
+    const __m256i halves = f16_of_16_f8(load_16_bytes(bytes + i));
     _mm256_storeu_ps(to + i, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), scale));
     _mm256_storeu_ps(to + i + 8, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)), scale));
   }
@@ -118,6 +120,15 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 #endif
 }
 
+/// kLanes fp8 e4m3 numbers times 2^-8.
+[[nodiscard]] inline Lanes load_f8_lanes(const void* from) noexcept {
+#if defined(__AVX512BW__)
+  return _mm512_cvtph_ps(f16_of_16_f8(load_16_bytes(from)));
+#else
+  return _mm256_cvtph_ps(_mm256_castsi256_si128(f16_of_16_f8(_mm_loadu_si64(from))));
+#endif
+}
+
 /// kLanes bf16 numbers.
 [[nodiscard]] inline Lanes load_bf16_lanes(const void* from) noexcept {
 #if defined(__AVX512BW__)
@@ -158,6 +169,7 @@ inline constexpr bool kHasWideLoads = false;
 
 Lanes load_f16_lanes(const void* from) noexcept;  // these only where there are wide loads
 Lanes load_i8_lanes(const void* from) noexcept;
+Lanes load_f8_lanes(const void* from) noexcept;
 template <class F>
 Lanes f16_lanes(F bits_of) noexcept;
 float wide_f16(std::uint16_t bits) noexcept;

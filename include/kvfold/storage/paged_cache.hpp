@@ -158,6 +158,13 @@ class PagedCache {
     return detail::rows_in_place<V>(value(h, t), shape_.value_dim, 1, shape_.value_dim);
   }
 
+  [[nodiscard]] StoredRows<K> stored_keys(Index h, Index t, Index n) const noexcept {
+    return {key(h, t), detail::row_units<K>(shape_.key_dim), rows_of_page(t, n), scale(kKeyScales, h, t), 1};
+  }
+  [[nodiscard]] StoredRows<V> stored_values(Index h, Index t, Index n) const noexcept {
+    return {value(h, t), detail::row_units<V>(shape_.value_dim), rows_of_page(t, n), scale(kValueScales, h, t), 1};
+  }
+
   // --- MutableKVCacheView ------------------------------------------------------------------------------------------
   void write_key(Index h, Index t, std::span<const float> in) noexcept {
     detail::write_row(in.data(), shape_.key_dim, key(h, t), 1, scale(kKeyScales, h, t));
@@ -237,6 +244,10 @@ class PagedCache {
     return layout;
   }
 
+  /// Of rows [t, t + n), those in the page of the first.
+  [[nodiscard]] Index rows_of_page(Index t, Index n) const noexcept {
+    return std::min(n, options_.page_size - t % options_.page_size);
+  }
   [[nodiscard]] Index table_count() const noexcept {
     if (tables_ == nullptr) return 0;
     return options_.tables == PageTables::shared ? 1 : shape_.kv_heads;

@@ -176,10 +176,12 @@ class RaggedCache {
     return detail::rows_in_place<V>(value(h, t), shape_.value_dim, 1, shape_.value_dim);
   }
 
-  [[nodiscard]] const K* stored_keys(Index h, Index t, Index /*n*/) const noexcept { return key(h, t); }
-  [[nodiscard]] const V* stored_values(Index h, Index t, Index /*n*/) const noexcept { return value(h, t); }
-  [[nodiscard]] StoredScales stored_key_scales(Index h, Index t) const noexcept { return {key_scale(h, t), 1}; }
-  [[nodiscard]] StoredScales stored_value_scales(Index h, Index t) const noexcept { return {value_scale(h, t), 1}; }
+  [[nodiscard]] StoredRows<K> stored_keys(Index h, Index t, Index n) const noexcept {
+    return {key(h, t), detail::row_units<K>(shape_.key_dim), n, key_scale(h, t), 1};
+  }
+  [[nodiscard]] StoredRows<V> stored_values(Index h, Index t, Index n) const noexcept {
+    return {value(h, t), detail::row_units<V>(shape_.value_dim), n, value_scale(h, t), 1};
+  }
 
   // --- MutableKVCacheView ------------------------------------------------------------------------------------------
   void write_key(Index h, Index t, std::span<const float> in) noexcept {

@@ -10,6 +10,7 @@
 #include <span>
 
 #include "kvfold/status.hpp"
+#include "kvfold/storage/quantised.hpp"
 #include "kvfold/types.hpp"
 
 namespace kvfold {
@@ -81,28 +82,29 @@ concept HasContiguousRows = requires(const V& v, Index h, Index t, Index n) {
 };
 // clang-format on
 
-/// Optional: rows as they are stored, for kernels that convert in registers. Each function returns the address of row t when
-/// rows [t, t + n) lie one after the other, without gaps, else nullptr. Rows with scales: only if the view is `HasStoredScales`.
+/// Rows of a head as they are stored: `count` of them, the units of each one after the other.
+template <Stored E>
+struct StoredRows {
+  const E* data = nullptr;        ///< of the first row; null: there are none
+  Index stride = 0;               ///< objects of type E from one row to the next
+  Index count = 0;                ///< at least 1 where there are any
+  const float* scales = nullptr;  ///< of the first row, with which its numbers are to be multiplied; null: all are 1
+  Index scale_stride = 0;         ///< floats from one scale to the next
+};
+
+template <class T>
+inline constexpr bool kAreStoredRows = false;
+template <Stored E>
+inline constexpr bool kAreStoredRows<StoredRows<E>> = true;
+
+/// Optional: rows as they are stored, for kernels that convert in registers. Each function tells of row t and of those of
+/// the n - 1 rows after it that lie at one distance from each other: in pages, those up to the end of a page.
 // clang-format off
 template <class V>
 concept HasStoredRows = requires(const V& v, Index h, Index t, Index n) {
-  { *v.stored_keys(h, t, n) } noexcept;
-  { *v.stored_values(h, t, n) } noexcept;
-};
-// clang-format on
-
-/// Scales of consecutive rows: that of the first at `data`, the next `stride` floats further on; null: all are 1.
-struct StoredScales {
-  const float* data = nullptr;
-  Index stride = 0;
-};
-
-/// Optional: the scales of the rows from row t on that `stored_keys` and `stored_values` tell. Absent: there are none.
-// clang-format off
-template <class V>
-concept HasStoredScales = HasStoredRows<V> && requires(const V& v, Index h, Index t) {
-  { v.stored_key_scales(h, t) } noexcept -> std::same_as<StoredScales>;
-  { v.stored_value_scales(h, t) } noexcept -> std::same_as<StoredScales>;
+  { v.stored_keys(h, t, n) } noexcept;
+  { v.stored_values(h, t, n) } noexcept;
+  requires kAreStoredRows<decltype(v.stored_keys(h, t, n))> && kAreStoredRows<decltype(v.stored_values(h, t, n))>;
 };
 // clang-format on
 

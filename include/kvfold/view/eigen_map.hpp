@@ -54,6 +54,13 @@ struct EigenView {
     return in_place(values[index(h)], t);
   }
 
+  [[nodiscard]] StoredRows<float> stored_keys(Index h, Index t, Index n) const noexcept {
+    return {keys[index(h)].row(t).data(), keys[index(h)].outerStride(), n};
+  }
+  [[nodiscard]] StoredRows<float> stored_values(Index h, Index t, Index n) const noexcept {
+    return {values[index(h)].row(t).data(), values[index(h)].outerStride(), n};
+  }
+
   void write_key(Index h, Index t, std::span<const float> in) noexcept { write(keys[index(h)], t, in); }
   void write_value(Index h, Index t, std::span<const float> in) noexcept { write(values[index(h)], t, in); }
   void move_row(Index h, Index from, Index to) noexcept {

@@ -72,6 +72,9 @@ struct PageStrides {
 template <class K, class V = K>
   requires(Stored<std::remove_const_t<K>>&& Stored<std::remove_const_t<V>>)
 struct PagedView {
+  using StoredKey = std::remove_const_t<K>;
+  using StoredValue = std::remove_const_t<V>;
+
   /// Scales that go with rows of E: written with `Int8` rows, else only read.
   template <class E>
   using ScalePointer = std::conditional_t<std::is_const_v<E>, const float, detail::RowScale<std::remove_const_t<E>>>*;
@@ -100,8 +103,10 @@ struct PagedView {
 
   // --- KVCacheView -------------------------------------------------------------------------------------------------
   [[nodiscard]] LayerShape shape() const noexcept {
-    const bool keys_fit = detail::width_fits<Key>(layer.key_dim) && (kUnit<Key> == 1 || key_strides.dim == 1);
-    const bool values_fit = detail::width_fits<Value>(layer.value_dim) && (kUnit<Value> == 1 || value_strides.dim == 1);
+    const bool keys_fit =
+        detail::width_fits<StoredKey>(layer.key_dim) && (kUnit<StoredKey> == 1 || key_strides.dim == 1);
+    const bool values_fit =
+        detail::width_fits<StoredValue>(layer.value_dim) && (kUnit<StoredValue> == 1 || value_strides.dim == 1);
     return keys_fit && values_fit ? layer : LayerShape{};
   }
   [[nodiscard]] Index size(Index h) const noexcept { return rows[detail::at(h)]; }
@@ -111,7 +116,7 @@ struct PagedView {
   [[nodiscard]] Rope rope() const noexcept { return rotation; }
   [[nodiscard]] RowCounts row_counts() const noexcept { return counts; }
   [[nodiscard]] Index row_bytes(Index /*h*/) const noexcept {
-    return detail::row_bytes<Key>(layer.key_dim) + detail::row_bytes<Value>(layer.value_dim);
+    return detail::row_bytes<StoredKey>(layer.key_dim) + detail::row_bytes<StoredValue>(layer.value_dim);
   }
   /// Pages that the rows of head h reach into: the first ones of its table.
   [[nodiscard]] Index pages_used(Index h) const noexcept { return detail::pages_for(size(h), page_size); }
@@ -127,6 +132,12 @@ struct PagedView {
   }
   [[nodiscard]] const float* value_rows(Index h, Index t, Index n) const noexcept {
     return in_place(value_tensor(), h, t, n);
+  }
+  [[nodiscard]] StoredRows<StoredKey> stored_keys(Index h, Index t, Index n) const noexcept {
+    return stored(key_tensor(), h, t, n);
+  }
+  [[nodiscard]] StoredRows<StoredValue> stored_values(Index h, Index t, Index n) const noexcept {
+    return stored(value_tensor(), h, t, n);
   }
   [[nodiscard]] float log_mass(Index h, Index t) const noexcept {
     return log_masses.empty() ? 0.f : log_masses[detail::at(h * log_mass_stride + t)];
@@ -168,9 +179,6 @@ struct PagedView {
   }
 
  private:
-  using Key = std::remove_const_t<K>;
-  using Value = std::remove_const_t<V>;
-
   template <class E>
   struct Tensor {
     E* data;
@@ -211,6 +219,13 @@ struct PagedView {
   [[nodiscard]] const float* in_place(const Tensor<E>& x, Index h, Index t, Index n) const noexcept {
     if (t % page_size + n > page_size) return nullptr;
     return detail::rows_in_place<std::remove_const_t<E>>(row_of(x, h, t), x.strides.token, x.strides.dim, x.width);
+  }
+  template <class E>
+  [[nodiscard]] StoredRows<std::remove_const_t<E>> stored(const Tensor<E>& x, Index h, Index t,
+                                                          Index n) const noexcept {
+    if (kUnit<std::remove_const_t<E>> == 1 && x.strides.dim != 1) return {};
+    return {row_of(x, h, t), x.strides.token, std::min(n, page_size - t % page_size), scale_of(x, h, t),
+            x.scale_strides.token};
   }
   template <class E>
   void write(const Tensor<E>& x, Index h, Index t, const float* in) const noexcept {

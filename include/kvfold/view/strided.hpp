@@ -119,17 +119,11 @@ struct StridedView {
                                               value_strides.dim, layer.value_dim);
   }
 
-  [[nodiscard]] const StoredKey* stored_keys(Index h, Index t, Index /*n*/) const noexcept {
-    return lies_together<StoredKey>(key_strides, layer.key_dim) ? place(keys, key_strides, h, t) : nullptr;
+  [[nodiscard]] StoredRows<StoredKey> stored_keys(Index h, Index t, Index n) const noexcept {
+    return stored<K>(keys, key_strides, key_scales, key_scale_strides, h, t, n);
   }
-  [[nodiscard]] const StoredValue* stored_values(Index h, Index t, Index /*n*/) const noexcept {
-    return lies_together<StoredValue>(value_strides, layer.value_dim) ? place(values, value_strides, h, t) : nullptr;
-  }
-  [[nodiscard]] StoredScales stored_key_scales(Index h, Index t) const noexcept {
-    return {place(key_scales, key_scale_strides, h, t), key_scale_strides.token};
-  }
-  [[nodiscard]] StoredScales stored_value_scales(Index h, Index t) const noexcept {
-    return {place(value_scales, value_scale_strides, h, t), value_scale_strides.token};
+  [[nodiscard]] StoredRows<StoredValue> stored_values(Index h, Index t, Index n) const noexcept {
+    return stored<V>(values, value_strides, value_scales, value_scale_strides, h, t, n);
   }
 
   [[nodiscard]] float log_mass(Index h, Index t) const noexcept {
@@ -183,9 +177,12 @@ struct StridedView {
     return kRowScaled<E> ? at.token != 0 && (at.head != 0 || layer.kv_heads == 1) : at.token == 0;
   }
 
-  template <Stored E>
-  [[nodiscard]] static constexpr bool lies_together(const Strides& s, Index width) noexcept {
-    return s.token == detail::row_units<E>(width) && (kInBlocks<E> || s.dim == 1);
+  template <class S>
+  [[nodiscard]] static StoredRows<std::remove_const_t<S>> stored(const S* data, const Strides& s, const float* scales,
+                                                                 const ScaleStrides& of_scales, Index h, Index t,
+                                                                 Index n) noexcept {
+    if (kUnit<std::remove_const_t<S>> == 1 && s.dim != 1) return {};
+    return {place(data, s, h, t), s.token, n, place(scales, of_scales, h, t), of_scales.token};
   }
 
   template <class T, class S>

@@ -1,0 +1,162 @@
+/// \file
+/// Stored rows of a head wherever they lie, one after the other, at a distance or in pages: their addresses, and how those
+/// that follow are asked for while they are worked on.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kvfold/detail/lanes.hpp"
+#include "kvfold/detail/row_codec.hpp"
+#include "kvfold/view/concepts.hpp"
+
+namespace kvfold::detail {
+
+/// How far ahead rows are asked for, in bytes: they come from memory while those before them are worked on. Processors fetch
+/// too little by themselves while they compute, and nothing where rows lie anywhere.
+inline constexpr Index kAhead = 8192;
+/// Of how many rows at most, where each has an address of its own.
+inline constexpr Index kMostAhead = 128;
+
+/// Asks for kBytes from `offset` bytes after an address; harmless where nothing is.
+template <Index kBytes, class E>
+void fetch(const E* from, Index offset) noexcept {
+  for (Index i = 0; i < kBytes; i += kCacheLine) fetch_line(from, offset + i);
+}
+
+/// Rows one after the other, without gaps. What is asked for ahead is what follows in memory.
+template <Stored E>
+struct RowsTogether {
+  using Unit = E;
+
+  const E* data = nullptr;
+  Index units = 0, count = 0;
+
+  [[nodiscard]] const E* row(Index i) const noexcept { return data + i * units; }
+  /// At most n rows from `first` on.
+  [[nodiscard]] RowsTogether part(Index first, Index n) const noexcept {
+    return {row(first), units, std::min(n, count - first)};
+  }
+  /// n rows from `first` on, the last one again where there are fewer. \returns how many there are
+  Index find(Index first, Index n, const E** to) const noexcept {
+    const Index there = std::min(n, count - first);
+    const E* next = row(first);
+    for (Index j = 0; j < n; ++j) {
+      to[j] = next;
+      if (j + 1 < there) next += units;
+    }
+    return there;
+  }
+  /// Asks for kBytes ahead of those from unit `first` of row i on.
+  template <Index kBytes>
+  void fetch_after(Index i, Index first) const noexcept {
+    fetch<kBytes>(row(i) + first, kAhead);
+  }
+  void fetch_first() const noexcept { fetch<kAhead>(data, 0); }
+
+  /// Asks for rows, a little at a time: what is asked for all at once is waited for.
+  class Ahead {
+   public:
+    /// From so many bytes after row `first` on.
+    Ahead(const RowsTogether& rows, Index first, Index bytes) noexcept : from_(rows.row(first)), offset_(bytes) {}
+
+    template <Index kBytes>
+    void fetch() noexcept {
+      detail::fetch<kBytes>(from_, offset_);
+      offset_ += kBytes;
+    }
+
+   private:
+    const E* from_;
+    Index offset_;
+  };
+};
+
+/// Rows anywhere: the addresses of `count`, and of as many after them as are asked for ahead.
+template <Stored E>
+struct RowsAnywhere {
+  using Unit = E;
+
+  const E* const* to = nullptr;  // [count + ahead]
+  Index units = 0, count = 0, ahead = 0;
+
+  [[nodiscard]] const E* row(Index i) const noexcept { return to[i]; }
+  [[nodiscard]] RowsAnywhere part(Index first, Index n) const noexcept {
+    return {to + first, units, std::min(n, count - first), ahead};
+  }
+  Index find(Index first, Index n, const E** found) const noexcept {
+    const Index there = std::min(n, count - first);
+    for (Index j = 0; j < n; ++j) found[j] = to[first + std::min(j, there - 1)];
+    return there;
+  }
+  template <Index kBytes>
+  void fetch_after(Index i, Index first) const noexcept {
+    fetch<kBytes>(to[i + ahead] + first, 0);
+  }
+  void fetch_first() const noexcept {
+    for (Index j = 0; j < std::min(ahead, count); ++j) {
+      for (Index offset = 0; offset < bytes(); offset += kCacheLine) fetch_line(to[j], offset);
+    }
+  }
+  [[nodiscard]] Index bytes() const noexcept { return units * static_cast<Index>(sizeof(E)); }
+
+  class Ahead {
+   public:
+    Ahead(const RowsAnywhere& rows, Index first, Index /*bytes*/) noexcept
+        : row_(rows.to + first + rows.ahead), last_(rows.to + rows.count - 1 + rows.ahead), bytes_(rows.bytes()) {}
+
+    template <Index kBytes>
+    void fetch() noexcept {
+      for (due_ += kBytes; due_ > 0;) {
+        fetch_line(*row_, offset_);
+        const Index part = std::min(kCacheLine, bytes_ - offset_);
+        due_ -= part;
+        offset_ += part;
+        if (offset_ < bytes_) continue;
+        offset_ = 0;
+        if (row_ < last_) ++row_;
+      }
+    }
+
+   private:
+    const E* const* row_;
+    const E* const* last_;
+    Index bytes_, offset_ = 0, due_ = 0;
+  };
+};
+
+/// Calls f with rows [t, t + n) of a head of `size` rows: RowsTogether where they are that, else RowsAnywhere.
+/// \param stored stored(t, n): `StoredRows` of the view, in units of which a row has `units`
+/// \param to room for n + kMostAhead addresses
+/// \param scales room for those of n rows
+/// \param f f(rows, whether there are scales)
+/// \returns whether the view told of all of them; else nothing was called. O(n)
+template <Stored E, class F, class G>
+[[nodiscard]] bool with_stored_rows(F stored, Index units, Index t, Index n, Index size, const E** to, float* scales,
+                                    G f) noexcept {
+  StoredRows<E> rows = stored(t, n);
+  const bool scaled = rows.scales != nullptr;
+  const auto add_scales = [&](Index done, Index count) {
+    for (Index i = 0; scaled && i < count; ++i) scales[done + i] = rows.scales[i * rows.scale_stride];
+  };
+  if (rows.data != nullptr && rows.count >= n && rows.stride == units) {
+    add_scales(0, n);
+    f(RowsTogether<E>{rows.data, units, n}, scaled);
+    return true;
+  }
+  const Index ahead = std::clamp<Index>(kAhead / (units * static_cast<Index>(sizeof(E))), 1, kMostAhead);
+  const Index all = std::min(n + ahead, size - t);
+  for (Index done = 0; done < all;) {
+    if (done > 0) rows = stored(t + done, all - done);
+    if (rows.data == nullptr || rows.count < 1) return false;
+    const Index count = std::min(rows.count, all - done);
+    for (Index i = 0; i < count; ++i) to[done + i] = rows.data + i * rows.stride;
+    add_scales(done, std::min(count, n - done));
+    done += count;
+  }
+  std::fill(to + all, to + n + ahead, to[all - 1]);
+  f(RowsAnywhere<E>{to, units, n, ahead}, scaled);
+  return true;
+}
+
+}  // namespace kvfold::detail
