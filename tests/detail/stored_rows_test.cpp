@@ -50,8 +50,7 @@ Located locate(const F& stored, Index t, Index n) {
     for (Index i = 0; i < rows.count + got.ahead; ++i) got.rows.push_back(rows.row(i));
     got.scaled = scaled;
   };
-  const auto by_reference = [&](Index first, Index rows) { return stored(first, rows); };
-  got.called = detail::with_stored_rows<float>(by_reference, kUnits, t, n, kSize, to.data(), scales.data(), keep);
+  got.called = detail::with_stored_rows<float>(stored, kUnits, t, n, kSize, to.data(), scales.data(), keep);
   got.scales = scales;
   return got;
 }
@@ -99,6 +98,21 @@ TEST(StoredRowsOfAView, BringTheirScales) {
     const Located got = locate(pages, 7, 30);
     EXPECT_TRUE(got.scaled);
     for (Index i = 0; i < 30; ++i) EXPECT_EQ(got.scales[static_cast<std::size_t>(i)], static_cast<float>(2 * (7 + i)));
+  }
+}
+
+TEST(StoredRowsOfAView, MayHaveScalesInSomePages) {
+  Pages pages{kUnits, 16};
+  for (Index i = 0; i < 2 * kSize; ++i) pages.scales.push_back(static_cast<float>(i));
+  const auto in_the_second = [&](Index t, Index n) {
+    StoredRows<float> rows = pages(t, n);
+    if (t / 16 != 1) rows.scales = nullptr;
+    return rows;
+  };
+  const Located got = locate(in_the_second, 10, 30);
+  EXPECT_TRUE(got.scaled);
+  for (Index t = 10; t < 40; ++t) {
+    EXPECT_EQ(got.scales[static_cast<std::size_t>(t - 10)], t / 16 == 1 ? static_cast<float>(2 * t) : 1.f) << t;
   }
 }
 

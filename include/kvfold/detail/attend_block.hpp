@@ -270,7 +270,7 @@ class AttendBlock {
 
   /// Calls f(rows, whether they have scales) where rows can be converted in registers. \returns whether it did.
   template <class F, class E, class G>
-  [[nodiscard]] bool with_rows(F stored, Index width, Index t, Index n, const E** to, G f) noexcept {
+  [[nodiscard]] bool with_rows(const F& stored, Index width, Index t, Index n, const E** to, const G& f) noexcept {
     return with_stored_rows<E>(stored, row_units<E>(width), t, n, static_cast<Index>(view_.size(h_)), to,
                                s_.scales.data(), f);
   }

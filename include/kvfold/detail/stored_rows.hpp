@@ -132,12 +132,16 @@ struct RowsAnywhere {
 /// \param f f(rows, whether there are scales)
 /// \returns whether the view told of all of them; else nothing was called. O(n)
 template <Stored E, class F, class G>
-[[nodiscard]] bool with_stored_rows(F stored, Index units, Index t, Index n, Index size, const E** to, float* scales,
-                                    G f) noexcept {
+[[nodiscard]] bool with_stored_rows(const F& stored, Index units, Index t, Index n, Index size, const E** to,
+                                    float* scales, G f) noexcept {
   StoredRows<E> rows = stored(t, n);
-  const bool scaled = rows.scales != nullptr;
+  bool scaled = false;
   const auto add_scales = [&](Index done, Index count) {
-    for (Index i = 0; scaled && i < count; ++i) scales[done + i] = rows.scales[i * rows.scale_stride];
+    if (rows.scales != nullptr && !scaled) std::fill_n(scales, done, 1.f);
+    scaled = scaled || rows.scales != nullptr;
+    for (Index i = 0; scaled && i < count; ++i) {
+      scales[done + i] = rows.scales != nullptr ? rows.scales[i * rows.scale_stride] : 1.f;
+    }
   };
   if (rows.data != nullptr && rows.count >= n && rows.stride == units) {
     add_scales(0, n);
@@ -151,7 +155,7 @@ template <Stored E, class F, class G>
     if (rows.data == nullptr || rows.count < 1) return false;
     const Index count = std::min(rows.count, all - done);
     for (Index i = 0; i < count; ++i) to[done + i] = rows.data + i * rows.stride;
-    add_scales(done, std::min(count, n - done));
+    if (done < n) add_scales(done, std::min(count, n - done));
     done += count;
   }
   std::fill(to + all, to + n + ahead, to[all - 1]);
