@@ -50,7 +50,8 @@ STAGES = {
               TIME + [("bytes/s", "bytes/s"), ("workspace_bytes", "workspace")]),
     "apply": (57, "Apply", "Moving and writing the kept rows. The floor copies them once.", TIME + [("bytes/s", "bytes/s")]),
     "attend": (60, "Attend", "Decode attention: one query row for each query head. The floor reads the stored rows once; what is converted is converted "
-               "in registers, or in tiles that stay in the cache. \"arithmetic\" is another floor: the FLOPs at the speed of Eigen's large products, and "
+               "in registers, or in tiles that stay in the cache. Rows of a head lie in one piece, or \"by token\" in a tensor [token][head][dim], or in pages of "
+               "such tensors in any order. \"arithmetic\" is another floor: the FLOPs at the speed of Eigen's large products, and "
                "the exps.",
                TIME + [("share_of_floor", "floor / time"), ("share_of_arithmetic", "arithmetic / time"), ("rows/s", "rows/s"), ("bytes/s", "bytes/s"), ("workspace_bytes", "workspace")]),
     "conversion": (70, "Conversion", "Stored rows to fp32 in a tile that stays in the cache, 2^19 rows of 128. The floor reads the stored bytes.",
