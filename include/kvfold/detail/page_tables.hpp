@@ -18,13 +18,18 @@ namespace kvfold::detail {
   return rows / page_size + (rows % page_size != 0 ? 1 : 0);
 }
 
+/// Of rows [t, t + n), those in the page of the first.
+[[nodiscard]] constexpr Index rows_in_page(Index t, Index n, Index page_size) noexcept {
+  return std::min(n, page_size - t % page_size);
+}
+
 /// Calls f(place in the page table, first token in the page, rows done before, rows) for each piece of rows [t, t + n)
 /// that lies in one page.
 template <class F>
 void for_pages(Index t, Index n, Index page_size, F f) noexcept {
   for (Index done = 0; done < n;) {
     const Index token = (t + done) % page_size;
-    const Index count = std::min(n - done, page_size - token);
+    const Index count = rows_in_page(t + done, n - done, page_size);
     f((t + done) / page_size, token, done, count);
     done += count;
   }

@@ -191,11 +191,12 @@ template <KVCacheView V>
     const Index left = static_cast<Index>(view.size(h)) - t - n;
     if (left < 1) return {};
     const auto rows = view.stored_keys(h, t + n, std::min(n, left));
+    if (rows.data == nullptr) return {};
     using E = std::remove_cvref_t<decltype(*rows.data)>;
     const auto size = static_cast<Index>(sizeof(E));
     const Index units = row_units<E>(view.shape().key_dim);
-    if (rows.stride == units) return {rows.data, rows.count * units * size, 0, rows.data != nullptr ? 1 : 0};
-    return {rows.data, units * size, rows.stride * size, rows.data != nullptr ? rows.count : 0};
+    if (rows.stride == units) return {rows.data, rows.count * units * size, 0, 1};
+    return {rows.data, units * size, rows.stride * size, rows.count};
   }
   return {};
 }

@@ -150,19 +150,21 @@ class PagedCache {
     });
   }
   [[nodiscard]] const float* key_rows(Index h, Index t, Index n) const noexcept {
-    if (t % options_.page_size + n > options_.page_size) return nullptr;
+    if (detail::rows_in_page(t, n, options_.page_size) < n) return nullptr;
     return detail::rows_in_place<K>(key(h, t), shape_.key_dim, 1, shape_.key_dim);
   }
   [[nodiscard]] const float* value_rows(Index h, Index t, Index n) const noexcept {
-    if (t % options_.page_size + n > options_.page_size) return nullptr;
+    if (detail::rows_in_page(t, n, options_.page_size) < n) return nullptr;
     return detail::rows_in_place<V>(value(h, t), shape_.value_dim, 1, shape_.value_dim);
   }
 
   [[nodiscard]] StoredRows<K> stored_keys(Index h, Index t, Index n) const noexcept {
-    return {key(h, t), detail::row_units<K>(shape_.key_dim), rows_of_page(t, n), scale(kKeyScales, h, t), 1};
+    return {key(h, t), detail::row_units<K>(shape_.key_dim), detail::rows_in_page(t, n, options_.page_size),
+            scale(kKeyScales, h, t), 1};
   }
   [[nodiscard]] StoredRows<V> stored_values(Index h, Index t, Index n) const noexcept {
-    return {value(h, t), detail::row_units<V>(shape_.value_dim), rows_of_page(t, n), scale(kValueScales, h, t), 1};
+    return {value(h, t), detail::row_units<V>(shape_.value_dim), detail::rows_in_page(t, n, options_.page_size),
+            scale(kValueScales, h, t), 1};
   }
 
   // --- MutableKVCacheView ------------------------------------------------------------------------------------------
@@ -244,10 +246,6 @@ class PagedCache {
     return layout;
   }
 
-  /// Of rows [t, t + n), those in the page of the first.
-  [[nodiscard]] Index rows_of_page(Index t, Index n) const noexcept {
-    return std::min(n, options_.page_size - t % options_.page_size);
-  }
   [[nodiscard]] Index table_count() const noexcept {
     if (tables_ == nullptr) return 0;
     return options_.tables == PageTables::shared ? 1 : shape_.kv_heads;

@@ -92,10 +92,12 @@ struct StoredRows {
   Index scale_stride = 0;         ///< floats from one scale to the next
 };
 
+namespace detail {
 template <class T>
 inline constexpr bool kAreStoredRows = false;
 template <Stored E>
 inline constexpr bool kAreStoredRows<StoredRows<E>> = true;
+}  // namespace detail
 
 /// Optional: rows as they are stored, for kernels that convert in registers. Each function tells of row t and of those of
 /// the n - 1 rows after it that lie at one distance from each other: in pages, those up to the end of a page.
@@ -104,7 +106,8 @@ template <class V>
 concept HasStoredRows = requires(const V& v, Index h, Index t, Index n) {
   { v.stored_keys(h, t, n) } noexcept;
   { v.stored_values(h, t, n) } noexcept;
-  requires kAreStoredRows<decltype(v.stored_keys(h, t, n))> && kAreStoredRows<decltype(v.stored_values(h, t, n))>;
+  requires detail::kAreStoredRows<decltype(v.stored_keys(h, t, n))>;
+  requires detail::kAreStoredRows<decltype(v.stored_values(h, t, n))>;
 };
 // clang-format on
 

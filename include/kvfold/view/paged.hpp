@@ -217,14 +217,14 @@ struct PagedView {
   }
   template <class E>
   [[nodiscard]] const float* in_place(const Tensor<E>& x, Index h, Index t, Index n) const noexcept {
-    if (t % page_size + n > page_size) return nullptr;
+    if (detail::rows_in_page(t, n, page_size) < n) return nullptr;
     return detail::rows_in_place<std::remove_const_t<E>>(row_of(x, h, t), x.strides.token, x.strides.dim, x.width);
   }
   template <class E>
   [[nodiscard]] StoredRows<std::remove_const_t<E>> stored(const Tensor<E>& x, Index h, Index t,
                                                           Index n) const noexcept {
     if (kUnit<std::remove_const_t<E>> == 1 && x.strides.dim != 1) return {};
-    return {row_of(x, h, t), x.strides.token, std::min(n, page_size - t % page_size), scale_of(x, h, t),
+    return {row_of(x, h, t), x.strides.token, detail::rows_in_page(t, n, page_size), scale_of(x, h, t),
             x.scale_strides.token};
   }
   template <class E>
