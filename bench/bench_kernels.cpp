@@ -70,15 +70,18 @@ void few(benchmark::State& state, const Settings& settings, bool dots, Index que
   WorkspaceBuffer memory;
   detail::Arena measuring;
   static_cast<void>(detail::RoundedRows::take(measuring, queries, width));
-  require(memory.reserve(measuring.required_bytes()), "memory of rounded rows");
+  static_cast<void>(detail::BlockSpace::take(measuring, width));
+  require(memory.reserve(measuring.required_bytes()), "memory of the kernels");
   detail::Arena arena(memory.get());
   const auto rounded = detail::RoundedRows::take(arena, queries, width);
+  const auto space = detail::BlockSpace::take(arena, width);
   const auto kernel = [&] {
-    if (!dots) return detail::add_few(weights.data(), rows, queries, stored, width, out.data(), width);
     if constexpr (detail::kAreIntegers<E>) {
-      for (Index i = 0; i < queries; ++i) rounded.set(i, a.data() + i * width, width);
-      detail::few_dots(rounded, queries, stored, width, out.data(), rows);
+      if (!dots) return detail::add_few(weights.data(), rows, queries, stored, space, width, out.data(), width);
+      for (Index i = 0; i < queries; ++i) rounded.set(i, a.data() + i * width);
+      detail::few_dots(rounded, queries, stored, space, out.data(), rows);
     } else {
+      if (!dots) return detail::add_few(weights.data(), rows, queries, stored, width, out.data(), width);
       detail::few_dots(a.data(), width, queries, stored, width, out.data(), rows);
     }
   };

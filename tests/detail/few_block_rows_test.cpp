@@ -48,24 +48,35 @@ struct StoredBlocks {
   }
 };
 
-/// Rows of a rounded, in memory of their own.
-struct Rounded {
-  Index k;
+/// Memory of what T::take wants.
+template <class T>
+struct Taken {
   std::vector<std::byte> memory;
-  detail::RoundedRows rows;
+  T value;
 
-  Rounded(const std::vector<float>& a, Index m, Index width) : k(width) {
+  template <class... Sizes>
+  explicit Taken(Sizes... sizes) {
     detail::Arena measuring;
-    static_cast<void>(detail::RoundedRows::take(measuring, m, width));
-    memory.resize(measuring.required_bytes());
+    static_cast<void>(T::take(measuring, sizes...));
+    memory.assign(measuring.required_bytes(), std::byte{0xff});  // NaNs, where something is read before it is written
     detail::Arena arena(memory);
-    rows = detail::RoundedRows::take(arena, m, width);
+    value = T::take(arena, sizes...);
+  }
+};
+
+/// Rows of a rounded.
+struct Rounded {
+  Taken<detail::RoundedRows> taken;
+  const detail::RoundedRows& rows = taken.value;
+
+  Rounded(const std::vector<float>& a, Index m, Index width) : taken(m, width) {
     if constexpr (detail::kAreIntegers<BlockQ8_0>) {
-      for (Index i = 0; i < m; ++i) rows.set(i, a.data() + i * width, width);
+      for (Index i = 0; i < m; ++i) rows.set(i, a.data() + i * width);
     }
   }
   [[nodiscard]] double element(Index i) const {
-    return static_cast<double>(rows.unit[at(i / k)]) * static_cast<double>(rows.value[at(i)]);
+    const auto value = static_cast<double>(rows.value[at(rows.place(i / rows.k, i % rows.k))]);
+    return static_cast<double>(rows.unit[at(i / rows.k)]) * value;
   }
 };
 
@@ -111,16 +122,17 @@ TYPED_TEST(FewBlockRows, DotsAreThoseOfRoundedRowsAndNothingElseIsWritten) {
   if constexpr (detail::kAreIntegers<TypeParam>) {
     Random random(5);
     for (const Index width : {32, 64, 128, 160, 576}) {
-      for (const Index n : {1, 7, 33}) {
+      for (const Index n : {1, 7, 33, 67}) {
         const StoredBlocks<TypeParam> b(n, width, random);
         for (const Index m : {1, 2, 3, 4, 5, 7}) {
           const Rounded a(normals(m * width, random), m, width);
           const Index stride = n + 3;
           std::vector<float> got(at(m * stride), 77.f);
-          detail::few_dots(a.rows, m, together(b.blocks, width / kBlockSize), width, got.data(), stride);
+          const Taken<detail::BlockSpace> space(width);
+          detail::few_dots(a.rows, m, together(b.blocks, width / kBlockSize), space.value, got.data(), stride);
           std::vector<float> same(at(m * stride), 77.f);
           const Anywhere<TypeParam> anywhere(b.blocks, width / kBlockSize);
-          detail::few_dots(a.rows, m, anywhere.rows(), width, same.data(), stride);
+          detail::few_dots(a.rows, m, anywhere.rows(), space.value, same.data(), stride);
           ASSERT_EQ(same, got);
           for (Index i = 0; i < m; ++i) {
             for (Index j = 0; j < stride; ++j) {
@@ -163,10 +175,13 @@ constexpr float kMostOf = std::same_as<Block, BlockQ8_0> ? 128.f : 8.f;
 
 TYPED_TEST(FewBlockRows, DotsOfTheLargestNumbersAreExact) {
   if constexpr (detail::kAreIntegers<TypeParam>) {
-    const Rounded a(std::vector<float>(64, -32767.f), 1, 64);  // a unit of 1
-    float got = 0.f;
-    detail::few_dots(a.rows, 1, together(largest_blocks<TypeParam>(2, 1.f), 2), 64, &got, 1);
-    EXPECT_EQ(got, 32767.f * kMostOf<TypeParam> * 64.f);
+    const Taken<detail::BlockSpace> space(Index{64});
+    for (const Index m : {1, 4}) {
+      const Rounded a(std::vector<float>(at(m * 64), -32767.f), m, 64);  // a unit of 1
+      std::vector<float> got(at(m));
+      detail::few_dots(a.rows, m, together(largest_blocks<TypeParam>(2, 1.f), 2), space.value, got.data(), 1);
+      for (const float x : got) EXPECT_EQ(x, 32767.f * kMostOf<TypeParam> * 64.f);
+    }
   }
 }
 
@@ -176,10 +191,11 @@ std::vector<float> sums_of(const std::vector<float>& a, Index m, const std::vect
                            Index stride, float before) {
   std::vector<float> c(at(m * stride), before);
   if constexpr (detail::kAreIntegers<Block>) {
-    detail::add_few(a.data(), k, m, together(b, width / kBlockSize), width, c.data(), stride);
+    const Taken<detail::BlockSpace> space(width);
+    detail::add_few(a.data(), k, m, together(b, width / kBlockSize), space.value, width, c.data(), stride);
     std::vector<float> same(at(m * stride), before);
     const Anywhere<Block> anywhere(b, width / kBlockSize);
-    detail::add_few(a.data(), k, m, anywhere.rows(), width, same.data(), stride);
+    detail::add_few(a.data(), k, m, anywhere.rows(), space.value, width, same.data(), stride);
     EXPECT_EQ(std::memcmp(same.data(), c.data(), c.size() * sizeof(float)), 0);  // bits: there are NaNs
   }
   return c;

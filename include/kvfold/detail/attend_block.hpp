@@ -31,6 +31,7 @@ inline constexpr Index kFewTile = 16;
 struct AttendScratch {
   std::span<float> queries;  // [kQueryTile][D]
   RoundedRows rounded;       // [kFewQueries][D]
+  BlockSpace blocks;         // for D or E
   std::span<float> panels;   // [kQueryTile / kPanelWidth][D][kPanelWidth] the queries
   std::span<float> keys;     // [max(kPanelKeys, kFewTile)][D]
   std::span<float> values;   // [kPanelTile][E]
@@ -43,6 +44,7 @@ struct AttendScratch {
     AttendScratch s;
     s.queries = arena.take<float>(kQueryTile, shape.key_dim);
     s.rounded = RoundedRows::take(arena, kFewQueries, shape.key_dim);
+    s.blocks = BlockSpace::take(arena, std::max(shape.key_dim, shape.value_dim));
     s.panels = arena.take<float>(kQueryTile, shape.key_dim);
     s.keys = arena.take<float>(std::max(kPanelKeys, kFewTile), shape.key_dim);
     s.values = arena.take<float>(kPanelTile, shape.value_dim);
@@ -181,7 +183,7 @@ class AttendBlock {
     scale(s_.queries.data(), count * shape_.key_dim, queries_.logit_scale());
     if constexpr (kInRegisters<Key> && kAreIntegers<Key>) {
       for (Index r = 0; few_ && r < count; ++r) {
-        s_.rounded.set(r, s_.queries.data() + r * shape_.key_dim, shape_.key_dim);
+        s_.rounded.set(r, s_.queries.data() + r * shape_.key_dim);
       }
     }
     if (!few_) {
@@ -232,7 +234,7 @@ class AttendBlock {
       const auto stored = [&](Index row, Index rows) { return view_.stored_keys(h_, row, rows); };
       const auto dots = [&](const auto& keys, bool scaled) {
         if constexpr (kAreIntegers<Key>) {
-          few_dots(s_.rounded, count_, keys, width, s_.weights.data(), tile_);
+          few_dots(s_.rounded, count_, keys, s_.blocks, s_.weights.data(), tile_);
         } else {
           few_dots(s_.queries.data(), width, count_, keys, width, s_.weights.data(), tile_);
         }
@@ -256,7 +258,11 @@ class AttendBlock {
         values.fetch_first();  // memory has something to do while weights are made
         set_weights(t, n);
         scale_columns<Value>(n, scaled);
-        add_few(s_.weights.data(), tile_, count_, values, width, s_.out.data(), width);
+        if constexpr (kAreIntegers<Value>) {
+          add_few(s_.weights.data(), tile_, count_, values, s_.blocks, width, s_.out.data(), width);
+        } else {
+          add_few(s_.weights.data(), tile_, count_, values, width, s_.out.data(), width);
+        }
       };
       if (with_rows(stored, width, t, n, values_, add)) return;
     }

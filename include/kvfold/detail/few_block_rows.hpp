@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <utility>
 
 #include "kvfold/detail/arena.hpp"
 #include "kvfold/detail/few_rows.hpp"
@@ -38,161 +39,243 @@ struct Largest {
   }
 };
 
-/// Rows rounded to 16 bits: element d of row i is `unit[i] * value[i][d]`, to 2^-16 of the largest of the row.
+/// Rows rounded to 16 bits: element d of row i is `unit[i] * value[place(i, d)]`, to 2^-16 of the largest of the row.
 struct RoundedRows {
-  std::span<std::int16_t> value;  // [rows][k]
+  std::span<std::int16_t> value;  // [rows / kMostFewRows][k / kBlockSize][kMostFewRows][kBlockSize]
   std::span<float> unit;          // [rows]
+  Index k = 0;                    // a multiple of kBlockSize where rows are set
 
   static RoundedRows take(Arena& arena, Index rows, Index k) noexcept {
     RoundedRows r;
-    r.value = arena.take<std::int16_t>(rows, k);
+    r.value = arena.take<std::int16_t>((rows + kMostFewRows - 1) / kMostFewRows * kMostFewRows, k);
     r.unit = arena.take<float>(rows);
+    r.k = k;
     return r;
   }
 
-  /// k is a multiple of kBlockSize.
-  void set(Index i, const float* row, Index k) const noexcept {
+  /// A block's elements of the rows that are worked on together lie together.
+  [[nodiscard]] constexpr Index place(Index i, Index d) const noexcept {
+    const Index in_group = i % kMostFewRows;
+    return (i - in_group) * k + (d / kBlockSize * kMostFewRows + in_group) * kBlockSize + d % kBlockSize;
+  }
+
+  void set(Index i, const float* row) const noexcept {
     const Largest largest(row, k);
     const float factor = kMostUnits * largest.inverse;
     for (Index d = 0; d < k; d += 2 * kLanes) {
       const auto scaled = [&](Index e) { return load_lanes(row + e) * factor; };
-      store_rounded_lanes(scaled(d), scaled(d + kLanes), value.data() + i * k + d);
+      store_rounded_lanes(scaled(d), scaled(d + kLanes), value.data() + place(i, d));
     }
     unit[static_cast<std::size_t>(i)] = largest.magnitude / kMostUnits;
   }
 };
 
-/// `few_dots` for kRows rows of a, from row `row` on.
-template <Index kRows, class Rows>
-void few_dots_of(const RoundedRows& a, Index row, const Rows& b, Index k, float* c, Index c_stride) noexcept {
-  using E = typename Rows::Unit;
-  constexpr Index kColumns = kFewColumns<kRows>, kBytes = bytes_of<E>(kColumns * kBlockSize);
-  const Index units = k / kBlockSize;
-  const std::int16_t* value = a.value.data() + row * k;
-  float unit[kLanes] = {};
-  for (Index i = 0; i < kRows; ++i) {
-    std::fill_n(unit + i * kColumns, kColumns, a.unit[static_cast<std::size_t>(row + i)]);
+/// Rows of b that are worked on together: they stay in the first cache, and sums of their products below 2^31.
+inline constexpr Index kRoundedDepth = 64;
+
+/// Scratch of the kernels below, for rows of k numbers.
+struct BlockSpace {
+  std::span<float> scales;          // [k / kBlockSize][kRoundedDepth]
+  std::span<float> units;           // [k / kBlockSize] of scales
+  std::span<std::int16_t> factors;  // [k / kBlockSize][kMostFewRows][kRoundedDepth]
+
+  static BlockSpace take(Arena& arena, Index k) noexcept {
+    BlockSpace s;
+    s.scales = arena.take<float>(k / kBlockSize, kRoundedDepth);
+    s.units = arena.take<float>(k / kBlockSize);
+    s.factors = arena.take<std::int16_t>(k / kBlockSize, kMostFewRows * kRoundedDepth);
+    return s;
   }
-  for (Index first = 0; first < b.count; first += kColumns) {
-    const FewColumns<kColumns, E> of(b, first);
-    typename Rows::Ahead next(b, first, kAhead);
+  [[nodiscard]] float* scales_of(Index block) const noexcept { return scales.data() + block * kRoundedDepth; }
+  [[nodiscard]] std::int16_t* factors_of(Index block) const noexcept {
+    return factors.data() + block * kMostFewRows * kRoundedDepth;
+  }
+
+  /// Scales of up to kRoundedDepth rows; the last one's again for what fills lanes, and zeros.
+  template <class Rows>
+  void read_scales(const Rows& b, Index blocks) const noexcept {
+    for_columns<kLanes>(b, [&](const auto& rows, Index first, auto) {
+      for (Index u = 0; u < blocks; ++u) {
+        store_lanes(gather_f16_lanes([&](Index i) { return &rows[i][u].scale; }), scales_of(u) + first);
+      }
+    });
+    for (Index j = (b.count + kLanes - 1) / kLanes * kLanes; j < kRoundedDepth; j += kLanes) {
+      for (Index u = 0; u < blocks; ++u) store_lanes(Lanes{}, scales_of(u) + j);
+    }
+  }
+};
+
+/// `few_dots` for kRows rows of a, from row `row` on, and up to kRoundedDepth rows of b.
+template <Index kRows, class Rows>
+class FewBlockDots {
+  static constexpr Index kColumns = kFewColumns<kRows>;
+  static constexpr Index kBytes = bytes_of<typename Rows::Unit>(kColumns * kBlockSize);
+
+ public:
+  /// Whether sums over lanes are made at the end of a row, of floats, with scales that are read before; else for each
+  /// block, of integers. The first has fewer shuffles, and more to do for a scale, which pays where rows of a share it.
+  static constexpr bool kScalesFirst = kRows > 2 && kLanes == 8;
+
+  FewBlockDots(const RoundedRows& a, Index row, const Rows& b, const BlockSpace& space) noexcept
+      : b_(b), value_(a.value.data() + a.place(row, 0)), space_(space), blocks_(a.k / kBlockSize) {
+    for (Index i = 0; i < kRows; ++i) {
+      std::fill_n(unit_ + i * kColumns, kColumns, a.unit[static_cast<std::size_t>(row + i)]);
+    }
+  }
+
+  void set(float* c, Index c_stride) const noexcept {
+    typename Rows::Ahead next(b_, 0, kAhead);
+    for_columns<kColumns>(b_, [&](const auto& rows, Index first, auto count) {
+      Lanes sums;
+      if constexpr (kScalesFirst) {
+        sums = sums_of_lanes(rows, first, next);
+      } else {
+        sums = sums_of_blocks(rows, next);
+      }
+      float out[kLanes];
+      store_lanes(sums * load_lanes(unit_), out);
+      for (Index i = 0; i < kRows; ++i) {
+        for (Index j = 0; j < count; ++j) c[i * c_stride + first + j] = out[i * kColumns + j];
+      }
+    });
+  }
+
+ private:
+  template <class Columns>
+  [[gnu::always_inline]] Lanes sums_of_lanes(const Columns& rows, Index first,
+                                             typename Rows::Ahead& next) const noexcept {
+    const std::int16_t* value = value_;
+    const float* scale = space_.scales_of(0) + first;
+    Lanes sums[kLanes];
+    clear(sums);
+    for (Index u = 0; u < blocks_; ++u, value += kMostFewRows * kBlockSize, scale += kRoundedDepth) {
+      next.template fetch<kBytes>();
+      for (Index i = 0; i < kRows; ++i) {
+        const WideWords x(value + i * kBlockSize);
+        for (Index j = 0; j < kColumns; ++j) {
+          const auto products = __builtin_convertvector(dots(x, WideWords(rows[j][u])), Lanes);
+          sums[i * kColumns + j] = products * scale[j] + sums[i * kColumns + j];
+        }
+      }
+    }
+    return sums_of_each(sums);
+  }
+
+  template <class Columns>
+  [[gnu::always_inline]] Lanes sums_of_blocks(const Columns& rows, typename Rows::Ahead& next) const noexcept {
+    const std::int16_t* value = value_;
     Lanes total{};
-    for (Index u = 0; u < units; ++u) {
+    for (Index u = 0; u < blocks_; ++u, value += kMostFewRows * kBlockSize) {
       next.template fetch<kBytes>();
       IntLanes sums[kLanes];
       clear(sums);
       for (Index i = 0; i < kRows; ++i) {
-        WideWords x(value + i * k + u * kBlockSize);
+        WideWords x(value + i * kBlockSize);
         x.keep_in_registers();
-        for (Index j = 0; j < kColumns; ++j) sums[i * kColumns + j] = dots(x, WideWords(of.row[j][u]));
+        for (Index j = 0; j < kColumns; ++j) sums[i * kColumns + j] = dots(x, WideWords(rows[j][u]));
       }
-      const Lanes scale = f16_lanes([&](Index i) { return of.row[i % kColumns][u].scale.bits; });
+      const Lanes scale = gather_f16_lanes([&](Index i) { return &rows[i % kColumns][u].scale; });
       total = __builtin_convertvector(sums_of_each(sums), Lanes) * scale + total;
     }
-    float out[kLanes];
-    store_lanes(total * load_lanes(unit), out);
-    for (Index i = 0; i < kRows; ++i) of.store(out + i * kColumns, c + i * c_stride + first);
+    return total;
   }
-}
+
+  const Rows& b_;
+  const std::int16_t* value_;
+  const BlockSpace& space_;
+  Index blocks_;
+  float unit_[kLanes] = {};
+};
 
 /// c = a * b^T for a [m][k], rows b of k numbers and c [m][rows of b] with a row stride.
 template <class Rows>
   requires kAreIntegers<typename Rows::Unit>
-void few_dots(const RoundedRows& a, Index m, const Rows& b, Index k, float* c, Index c_stride) noexcept {
-  for_groups_of_rows<kMostFewRows>(
-      m, [&](Index i, auto rows) { few_dots_of<rows()>(a, i, b, k, c + i * c_stride, c_stride); });
-}
-
-/// Rows whose factors `add_few` rounds together: they stay in the first cache, and sums of their products below 2^31.
-inline constexpr Index kRoundedDepth = 64;
-inline constexpr Index kBlocksAtATime = 4;  ///< whose scales are read, of one row after the other
-
-/// kRoundedDepth numbers in units of the largest.
-struct InUnits {
-  float x[kRoundedDepth];
-  float unit;
-
-  /// The largest has `most` units.
-  void set(const float* from, float most) noexcept {
-    const Largest largest(from, kRoundedDepth);
-    unit = largest.magnitude / most;
-    const float factor = most * largest.inverse;
-    for (Index j = 0; j < kRoundedDepth; j += kLanes) store_lanes(load_lanes(from + j) * factor, x + j);
-  }
-};
-
-/// Numbers of kRows rows of a for up to kRoundedDepth rows of b, and zeros.
-template <Index kRows>
-struct WeightsInUnits {
-  InUnits of[kMostFewRows];
-
-  WeightsInUnits(const float* a, Index a_stride, Index count) noexcept {
-    for (Index i = 0; i < kRows; ++i) {
-      const float* row = a + i * a_stride;
-      float all[kRoundedDepth];
-      if (count < kRoundedDepth) {
-        std::fill(std::copy_n(row, count, all), all + kRoundedDepth, 0.f);
-        row = all;
-      }
-      of[i].set(row, kMostUnits);
-    }
-  }
-};
-
-/// Scales of up to kBlocksAtATime blocks of each of up to kRoundedDepth rows; of the last row again where there are fewer.
-struct ScalesInUnits {
-  InUnits of[kBlocksAtATime];
-
-  /// \param first block
-  template <class Rows>
-  ScalesInUnits(const Rows& b, Index first, Index blocks) noexcept {
-    with_constant<kBlocksAtATime>(blocks, [&](auto constant) {
-      float x[kBlocksAtATime][kRoundedDepth];
-      for (Index j = 0; j < kRoundedDepth; j += kLanes) {
-        const FewColumns<kLanes, typename Rows::Unit> rows(b, std::min(j, b.count - 1));
-        for (Index u = 0; u < constant(); ++u) {
-          store_lanes(f16_lanes([&](Index l) { return rows.row[l][first + u].scale.bits; }), x[u] + j);
-        }
-      }
-      for (Index u = 0; u < constant(); ++u) of[u].set(x[u], 1.f);
+void few_dots(const RoundedRows& a, Index m, const Rows& b, const BlockSpace& space, float* c,
+              Index c_stride) noexcept {
+  for (Index first = 0; first < b.count; first += kRoundedDepth) {
+    const Rows some = b.part(first, kRoundedDepth);
+    bool scales_are_read = false;
+    for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
+      using Dots = FewBlockDots<rows(), Rows>;
+      if (Dots::kScalesFirst && !std::exchange(scales_are_read, true)) space.read_scales(some, a.k / kBlockSize);
+      Dots(a, i, some, space).set(c + i * c_stride + first, c_stride);
     });
   }
-};
+}
+
+/// to = from, kRoundedDepth numbers in units of which the largest has `most`. \returns the unit
+[[nodiscard]] inline float put_in_units(const float* from, float most, float* to) noexcept {
+  const Largest largest(from, kRoundedDepth);
+  const float factor = most * largest.inverse;
+  for (Index j = 0; j < kRoundedDepth; j += kLanes) store_lanes(load_lanes(from + j) * factor, to + j);
+  return largest.magnitude / most;
+}
 
 /// `add_few` for one block of each of up to kRoundedDepth rows of b.
+/// \param factors [kRows][kRoundedDepth], of which those of row i have units of `unit[i]`
 template <Index kRows, class Rows>
-void add_block(const WeightsInUnits<kRows>& weights, const InUnits& scales, const Rows& b, Index block, float* c,
-               Index c_stride, typename Rows::Ahead& next) noexcept {
+void add_block(const std::int16_t* factors, const float* unit, const Rows& b, Index block, float* c, Index c_stride,
+               typename Rows::Ahead& next) noexcept {
   using E = typename Rows::Unit;
   typename Rows::Ahead ahead = next;  // in registers
-  std::int16_t factors[kMostFewRows][kRoundedDepth];
-  for (Index i = 0; i < kRows; ++i) {
-    for (Index j = 0; j < kRoundedDepth; j += 2 * kLanes) {
-      const auto factor = [&](Index e) { return load_lanes(weights.of[i].x + e) * load_lanes(scales.x + e); };
-      store_rounded_lanes(factor(j), factor(j + kLanes), factors[i] + j);
-    }
-  }
   constexpr Index kPart = 2 * kLanes, kParts = std::min<Index>(kRows > 2 ? 1 : 2, kBlockSize / kPart);  // in registers
   constexpr Index kBytes = bytes_of<E>(2 * kParts * kPart);                                             // of two rows
   for (Index d = 0; d < kBlockSize; d += kParts * kPart) {
     SumsOfRows sums[kMostFewRows][2];
+    typename Rows::Walk walk(b, block);
     const auto add = [&](const E& one, const E& other, Index j) {
       for (Index p = 0; p < kParts; ++p) {
         const PairsOfRows rows(one, other, d + p * kPart);
-        for (Index i = 0; i < kRows; ++i) sums[i][p].add(rows, factors[i] + j);
+        for (Index i = 0; i < kRows; ++i) sums[i][p].add(rows, factors + i * kRoundedDepth + j);
       }
     };
-    for (Index j = 0; j + 1 < b.count; j += 2) {
+    Index j = 0;
+    for (; j + 1 < b.count; j += 2) {
       ahead.template fetch<kBytes>();
-      add(b.row(j)[block], b.row(j + 1)[block], j);
+      const E* one = walk.next();
+      add(*one, *walk.next(), j);
     }
-    if (const E& last = b.row(b.count - 1)[block]; b.count % 2 != 0) add(last, last, b.count - 1);  // once times 0
+    if (j < b.count) {
+      const E* last = walk.next();
+      add(*last, *last, j);  // once times 0
+    }
     for (Index i = 0; i < kRows; ++i) {
-      const float unit = weights.of[i].unit * scales.unit;
-      for (Index p = 0; p < kParts; ++p) sums[i][p].add_to(c + i * c_stride + d + p * kPart, unit);
+      for (Index p = 0; p < kParts; ++p) sums[i][p].add_to(c + i * c_stride + d + p * kPart, unit[i]);
     }
   }
   next = ahead;
+}
+
+/// `add_few` for kRows rows of a and up to kRoundedDepth rows of b, whose scales are in units.
+template <Index kRows, class Rows>
+void add_few_of(const float* a, Index a_stride, const Rows& b, const BlockSpace& space, Index blocks, float* c,
+                Index c_stride, typename Rows::Ahead& next) noexcept {
+  float weights[kMostFewRows][kRoundedDepth], weight_unit[kMostFewRows];
+  for (Index i = 0; i < kRows; ++i) {
+    const float* row = a + i * a_stride;
+    if (b.count < kRoundedDepth) {
+      std::fill(std::copy_n(row, b.count, weights[i]), weights[i] + kRoundedDepth, 0.f);
+      row = weights[i];
+    }
+    weight_unit[i] = put_in_units(row, kMostUnits, weights[i]);
+  }
+  // All factors first: what the loops over rows wait for is there then.
+  for (Index u = 0; u < blocks; ++u) {
+    for (Index j = 0; j < kRoundedDepth; j += 2 * kLanes) {
+      const float* scales = space.scales_of(u) + j;
+      const Lanes low = load_lanes(scales), high = load_lanes(scales + kLanes);
+      for (Index i = 0; i < kRows; ++i) {
+        const float* w = weights[i] + j;
+        std::int16_t* to = space.factors_of(u) + i * kRoundedDepth + j;
+        store_rounded_lanes(load_lanes(w) * low, load_lanes(w + kLanes) * high, to);
+      }
+    }
+  }
+  for (Index u = 0; u < blocks; ++u) {
+    float unit[kMostFewRows];
+    for (Index i = 0; i < kRows; ++i) unit[i] = weight_unit[i] * space.units[static_cast<std::size_t>(u)];
+    add_block<kRows>(space.factors_of(u), unit, b, u, c + u * kBlockSize, c_stride, next);
+  }
 }
 
 /// c += a * b for a [m][rows of b], rows b of n numbers and c [m][n]; a and c have the given row strides. A row's factor for
@@ -200,23 +283,21 @@ void add_block(const WeightsInUnits<kRows>& weights, const InUnits& scales, cons
 /// kRoundedDepth rows.
 template <class Rows>
   requires kAreIntegers<typename Rows::Unit>
-void add_few(const float* a, Index a_stride, Index m, const Rows& b, Index n, float* c, Index c_stride) noexcept {
-  const Index units = n / kBlockSize;
+void add_few(const float* a, Index a_stride, Index m, const Rows& b, const BlockSpace& space, Index n, float* c,
+             Index c_stride) noexcept {
+  const Index blocks = n / kBlockSize;
   for (Index first = 0; first < b.count; first += kRoundedDepth) {
     const Rows some = b.part(first, kRoundedDepth);
-    typename Rows::Ahead next(b, first + some.count - 1, kAhead / 2);  // all of these are read several times
-    for (Index v = 0; v < units; v += kBlocksAtATime) {
-      const Index blocks = std::min(kBlocksAtATime, units - v);
-      const ScalesInUnits scales(some, v, blocks);
-      const typename Rows::Ahead from = next;
-      for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
-        const WeightsInUnits<rows()> weights(a + i * a_stride + first, a_stride, some.count);
-        next = from;
-        for (Index u = v; u < v + blocks; ++u) {
-          add_block<rows()>(weights, scales.of[u - v], some, u, c + i * c_stride + u * kBlockSize, c_stride, next);
-        }
-      });
+    space.read_scales(some, blocks);
+    for (Index u = 0; u < blocks; ++u) {
+      space.units[static_cast<std::size_t>(u)] = put_in_units(space.scales_of(u), 1.f, space.scales_of(u));
     }
+    typename Rows::Ahead next(b, first + some.count - 1, kAhead / 2);  // all of these are read several times
+    const typename Rows::Ahead from = next;
+    for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
+      next = from;
+      add_few_of<rows()>(a + i * a_stride + first, a_stride, some, space, blocks, c + i * c_stride, c_stride, next);
+    });
   }
 }
 

@@ -63,32 +63,13 @@ inline constexpr Index kFewDepth = 16;
 template <Index kRows>
 inline constexpr Index kFewColumns = kLanes / (kRows == 3 ? 4 : kRows);
 
-/// The rows of b from `first` on that are worked on at a time; where there are fewer, the last one again.
-template <Index kColumns, class E>
-struct FewColumns {
-  const E* row[kLanes];
-  Index count;
-
-  template <class Rows>
-  FewColumns(const Rows& b, Index first) noexcept : count(b.find(first, kColumns, row)) {}
-  /// c = from, for one row of a.
-  void store(const float* from, float* c) const noexcept {
-    if (count == kColumns) {  // a constant count is no call
-      std::copy_n(from, kColumns, c);
-    } else {
-      for (Index j = 0; j < count; ++j) c[j] = from[j];
-    }
-  }
-};
-
 /// `few_dots` for kRows rows of a.
 template <Index kRows, class Rows>
 void few_dots_of(const float* a, Index a_stride, const Rows& b, Index k, float* c, Index c_stride) noexcept {
   using E = typename Rows::Unit;
   constexpr Index kColumns = kFewColumns<kRows>;
-  for (Index first = 0; first < b.count; first += kColumns) {
-    const FewColumns<kColumns, E> of(b, first);
-    typename Rows::Ahead next(b, first, kAhead);
+  typename Rows::Ahead next(b, 0, kAhead);
+  for_columns<kColumns>(b, [&](const auto& rows, Index first, auto count) {
     Lanes sums[kLanes];
     clear(sums);
     Index d = 0;
@@ -96,7 +77,7 @@ void few_dots_of(const float* a, Index a_stride, const Rows& b, Index k, float* 
       next.template fetch<bytes_of<E>(kColumns * kLanes)>();
       Lanes y[kLanes];
       for (Index j = 0; j < kColumns; ++j) {
-        y[j] = load_lanes_of(of.row[j] + d);
+        y[j] = load_lanes_of(rows[j] + d);
         if constexpr (kRows > 1) y[j] = in_register(y[j]);  // else it is used only once
       }
       for (Index i = 0; i < kRows; ++i) {
@@ -108,12 +89,14 @@ void few_dots_of(const float* a, Index a_stride, const Rows& b, Index k, float* 
     store_lanes(sums_of_each(sums), out);
     for (; d < k; ++d) {
       for (Index j = 0; j < kColumns; ++j) {
-        const float y = load_lane_of(of.row[j][d]);
+        const float y = load_lane_of(rows[j][d]);
         for (Index i = 0; i < kRows; ++i) out[i * kColumns + j] += a[i * a_stride + d] * y;
       }
     }
-    for (Index i = 0; i < kRows; ++i) of.store(out + i * kColumns, c + i * c_stride + first);
-  }
+    for (Index i = 0; i < kRows; ++i) {
+      for (Index j = 0; j < count; ++j) c[i * c_stride + first + j] = out[i * kColumns + j];
+    }
+  });
 }
 
 /// to[i] = x times row places[i] of rows [..][width], for n places.

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "kvfold/detail/lanes.hpp"
 #include "kvfold/detail/row_codec.hpp"
@@ -37,16 +39,16 @@ struct RowsTogether {
   [[nodiscard]] RowsTogether part(Index first, Index n) const noexcept {
     return {row(first), units, std::min(n, count - first)};
   }
-  /// n rows from `first` on, the last one again where there are fewer. \returns how many there are
-  Index find(Index first, Index n, const E** to) const noexcept {
-    const Index there = std::min(n, count - first);
-    const E* next = row(first);
-    for (Index j = 0; j < n; ++j) {
-      to[j] = next;
-      if (j + 1 < there) next += units;
-    }
-    return there;
-  }
+  /// Row after row, from some unit of the first on: addresses are added up, which is faster than `row`.
+  class Walk {
+   public:
+    Walk(const RowsTogether& rows, Index unit) noexcept : next_(rows.data + unit), units_(rows.units) {}
+    [[nodiscard]] const E* next() noexcept { return std::exchange(next_, next_ + units_); }
+
+   private:
+    const E* next_;
+    Index units_;
+  };
   /// Asks for kBytes ahead of those from unit `first` of row i on.
   template <Index kBytes>
   void fetch_after(Index i, Index first) const noexcept {
@@ -84,11 +86,15 @@ struct RowsAnywhere {
   [[nodiscard]] RowsAnywhere part(Index first, Index n) const noexcept {
     return {to + first, units, std::min(n, count - first), ahead};
   }
-  Index find(Index first, Index n, const E** found) const noexcept {
-    const Index there = std::min(n, count - first);
-    for (Index j = 0; j < n; ++j) found[j] = to[first + std::min(j, there - 1)];
-    return there;
-  }
+  class Walk {
+   public:
+    Walk(const RowsAnywhere& rows, Index unit) noexcept : next_(rows.to), unit_(unit) {}
+    [[nodiscard]] const E* next() noexcept { return *next_++ + unit_; }
+
+   private:
+    const E* const* next_;
+    Index unit_;
+  };
   template <Index kBytes>
   void fetch_after(Index i, Index first) const noexcept {
     fetch<kBytes>(to[i + ahead] + first, 0);
@@ -124,6 +130,24 @@ struct RowsAnywhere {
     Index bytes_, offset_ = 0, due_ = 0;
   };
 };
+
+/// Calls f(addresses of kColumns rows of b, number of the first, how many there are) for all rows in turn; where there are
+/// fewer, which is a variable then, the last one again.
+template <Index kColumns, class Rows, class F>
+[[gnu::always_inline]] inline void for_columns(const Rows& b, F f) noexcept {
+  static_assert(kColumns <= kLanes);
+  const typename Rows::Unit* row[kLanes];
+  typename Rows::Walk walk(b, 0);
+  Index first = 0;
+  for (; first + kColumns <= b.count; first += kColumns) {
+    for (Index j = 0; j < kColumns; ++j) row[j] = walk.next();
+    f(row, first, std::integral_constant<Index, kColumns>{});
+  }
+  if (const Index count = b.count - first; count > 0) {
+    for (Index j = 0; j < kColumns; ++j) row[j] = j < count ? walk.next() : row[j - 1];
+    f(row, first, count);
+  }
+}
 
 /// Calls f with rows [t, t + n) of a head of `size` rows: RowsTogether where they are that, else RowsAnywhere.
 /// \param stored stored(t, n): `StoredRows` of the view, in units of which a row has `units`

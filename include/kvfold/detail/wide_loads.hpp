@@ -139,18 +139,26 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 #endif
 }
 
-/// kLanes fp16 numbers, lane i of those bits that bits_of(i) gives.
+/// Eight fp16 numbers from the addresses that at(first) to at(first + 7) give, of which four bytes can be read each.
 template <class F>
-[[nodiscard]] Lanes f16_lanes(F bits_of) noexcept {
-  using Halves [[gnu::vector_size(kLanes * sizeof(std::uint16_t))]] = std::uint16_t;
-  const auto halves = [&]<std::size_t... i>(std::index_sequence<i...>) {
-    return Halves{bits_of(static_cast<Index>(i))...};
-  }
-  (std::make_index_sequence<kLanes>{});
+[[nodiscard]] __m128i gather_8_f16(Index first, F at) noexcept {
+  const auto load = [&](Index i) {
+    std::int32_t bits;
+    std::memcpy(&bits, at(first + i), sizeof bits);
+    return _mm_cvtsi32_si128(bits);
+  };
+  const auto pair = [&](Index i) { return _mm_unpacklo_epi16(load(i), load(i + 1)); };
+  const auto four = [&](Index i) { return _mm_unpacklo_epi32(pair(i), pair(i + 2)); };
+  return _mm_unpacklo_epi64(four(0), four(4));
+}
+
+/// kLanes fp16 numbers, lane i from the address that at(i) gives, of which four bytes can be read.
+template <class F>
+[[nodiscard]] Lanes gather_f16_lanes(F at) noexcept {
 #if defined(__AVX512BW__)
-  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(halves));
+  return _mm512_cvtph_ps(_mm256_set_m128i(gather_8_f16(8, at), gather_8_f16(0, at)));
 #else
-  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(halves));
+  return _mm256_cvtph_ps(gather_8_f16(0, at));
 #endif
 }
 
@@ -171,7 +179,7 @@ Lanes load_f16_lanes(const void* from) noexcept;  // these only where there are 
 Lanes load_i8_lanes(const void* from) noexcept;
 Lanes load_f8_lanes(const void* from) noexcept;
 template <class F>
-Lanes f16_lanes(F bits_of) noexcept;
+Lanes gather_f16_lanes(F at) noexcept;
 float wide_f16(std::uint16_t bits) noexcept;
 inline Index load_wide_f16(const void*, Index, float*) noexcept { return 0; }
 inline Index store_wide_f16(const float*, Index, void*) noexcept { return 0; }
