@@ -253,15 +253,16 @@ class RowsInOtherPlaces : public testing::Test {};
 using StoredTypes = testing::Types<float, Float16, BFloat16, Float8E4M3, Int8, BlockQ8_0, BlockQ4_0>;
 TYPED_TEST_SUITE(RowsInOtherPlaces, StoredTypes);
 
+/// Where heads lie beside each other, tasks go over several of them: of 3 heads over all, of 9 over 8 and 1.
 TYPED_TEST(RowsInOtherPlaces, GiveTheSameBits) {
   constexpr Index kLongest = 1300;
-  const LayerShape shape{3, 3, 64, 64};
-  auto cache = make_cache<TypeParam>(shape, kLongest);
-  cache.resize(1, 521);
-  cache.resize(2, 1);
-  OtherPlaces<TypeParam> places(cache, kLongest);
-  for (const Index count : {1, 3, 20}) {
-    SCOPED_TRACE(count);
+  for (const auto& [heads, count] : {std::pair<Index, Index>{3, 1}, {3, 3}, {3, 20}, {9, 1}}) {
+    SCOPED_TRACE(testing::Message() << heads << " heads, " << count << " queries");
+    const LayerShape shape{heads, 3, 64, 64};
+    auto cache = make_cache<TypeParam>(shape, kLongest);
+    cache.resize(1, 521);
+    cache.resize(2, 1);
+    OtherPlaces<TypeParam> places(cache, kLongest);
     const auto queries = make_queries(shape, count, kLongest);
     const auto wanted = run_attend(cache, queries.view());
     places.fill(cache, [](Index page) { return page; });

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 
 #include "kvfold/detail/arena.hpp"
 #include "kvfold/detail/attend_block.hpp"
@@ -43,8 +44,7 @@ namespace detail {
 /// `out` must not overlap the queries. Keys and values are not searched for NaN, and one in a row that a query cannot see
 /// may still reach it when another query of the same call sees that row. That positions ascend is the view's promise: only
 /// O(log T) of them are looked at; log masses are all checked. Cost: 2 * rows * G * T * (D + E) FLOPs per head; memory O(tile) per worker, and
-/// up to 480 * (E + 2) floats and 30 flags: for few queries, long rows of a layer with fewer than 16 heads are split into parts, which work
-/// side by side.
+/// 16 * (E + 2) floats for each of up to max(H, 240) parts of heads' rows, which work side by side where queries are few.
 template <KVCacheView V, Executor X>
 Status attend(const V& view, const QueryRows& queries, const AttentionOutput& out, Workspace workspace,
               X& executor) noexcept {
@@ -74,20 +74,17 @@ Status attend(const V& view, const QueryRows& queries, const AttentionOutput& ou
   };
 
   const Index rows = queries.rows() * shape.group_size;
-  const Index parts = detail::part_count(shape, rows, detail::max_rows(view));
-  if (parts > 1) {
+  if (rows <= detail::kFewQueries) {
+    const detail::AttendSplit split{shape.kv_heads, detail::max_rows(view), detail::heads_lie_together(view)};
     auto task = [&](Index i, Index worker) noexcept {
-      block(i / parts, worker).run_part(i % parts, parts, space.parts[detail::at(i)]);
+      detail::run_task(view, queries, split, i, space.scratch[detail::at(worker)], space.parts);
     };
-    executor.run(shape.kv_heads * parts, task);
+    executor.run(split.tasks(), task);
     // They have looked at their log masses while these were in the cache; nothing is written yet.
-    const auto finite = [](const detail::AttendPart& part) { return part.masses_are_finite[0]; };
-    if (!std::ranges::all_of(space.parts.first(detail::at(shape.kv_heads * parts)), finite)) {
-      return detail::check_log_masses(view);
-    }
-    for (Index h = 0; h < shape.kv_heads; ++h) {
-      block(h, 0).join(space.parts.subspan(detail::at(h * parts), detail::at(parts)), out);
-    }
+    const Index parts = split.parts();
+    const auto finite = space.parts.masses_are_finite.first(detail::at(shape.kv_heads * parts));
+    if (!std::ranges::all_of(finite, std::identity{})) return detail::check_log_masses(view);
+    for (Index h = 0; h < shape.kv_heads; ++h) block(h, 0).join(space.parts, h * parts, parts, out);
     return {};
   }
   if (Status bad = detail::check_log_masses(view); !bad.ok()) return bad;

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "kvfold/detail/arena.hpp"
+#include "kvfold/detail/attend_parts.hpp"
 #include "kvfold/detail/few_block_rows.hpp"
 #include "kvfold/detail/few_rows.hpp"
 #include "kvfold/detail/linalg.hpp"
@@ -20,10 +21,8 @@
 
 namespace kvfold::detail {
 
-/// Query rows up to which `few_dots` and `add_few` are as fast as products of blocks; rows of the cache that they go over
-/// at a time, keys first and values next, so that memory is read in long pieces; and rows that are converted at a time
-/// where that is not done in registers.
-inline constexpr Index kFewQueries = 16;
+/// Rows of the cache that `few_dots` and `add_few` go over at a time, keys first and values next, so that memory is read in
+/// long pieces; and rows that are converted at a time where that is not done in registers.
 inline constexpr Index kFewKeys = 512;
 inline constexpr Index kFewTile = 16;
 
@@ -56,48 +55,19 @@ struct AttendScratch {
   }
 };
 
-/// How many parts a head's rows are split into, for few queries: as many tasks as a head should have, but of no fewer
-/// than kPartRows rows.
-inline constexpr Index kPartRows = 1024;
-
-[[nodiscard]] constexpr Index part_count(const LayerShape& shape, Index queries, Index rows) noexcept {
-  return queries > kFewQueries ? 1 : std::min(tasks_per_head(shape), (rows - 1) / kPartRows + 1);
-}
-
-/// What few queries have seen of a part of a head's rows: softmax sums, and sums of values not yet divided by them.
-struct AttendPart {
-  std::span<float> max, sum;          // [kFewQueries]
-  std::span<float> out;               // [kFewQueries][E]
-  std::span<bool> masses_are_finite;  // [1]
-
-  static AttendPart take(Arena& arena, const LayerShape& shape) noexcept {
-    AttendPart p;
-    p.max = arena.take<float>(kFewQueries);
-    p.sum = arena.take<float>(kFewQueries);
-    p.out = arena.take<float>(kFewQueries, shape.value_dim);
-    p.masses_are_finite = arena.take<bool>(1);
-    return p;
-  }
-};
-
 /// Memory of `attend`.
 struct AttendSpace {
   std::span<AttendScratch> scratch;  // [workers]
-  std::span<AttendPart> parts;       // [H][tasks_per_head], none where that is 1
+  AttendParts parts;
 
   static AttendSpace take(Arena& arena, const LayerShape& shape, Index workers) noexcept {
     AttendSpace s;
-    const Index parts = tasks_per_head(shape) > 1 ? shape.kv_heads * tasks_per_head(shape) : 0;
     s.scratch = arena.take<AttendScratch>(workers);
-    s.parts = arena.take<AttendPart>(parts);
     for (Index w = 0; w < workers; ++w) {
       const auto scratch = AttendScratch::take(arena, shape);
       if (!s.scratch.empty()) s.scratch[at(w)] = scratch;
     }
-    for (Index i = 0; i < parts; ++i) {
-      const auto part = AttendPart::take(arena, shape);
-      if (!s.parts.empty()) s.parts[at(i)] = part;
-    }
+    s.parts = AttendParts::take(arena, shape);
     return s;
   }
 };
@@ -135,31 +105,34 @@ class AttendBlock {
     }
   }
 
-  /// All query rows, few, and part `i` of `parts` of the head's rows.
-  void run_part(Index i, Index parts, const AttendPart& to) noexcept {
+  /// All query rows, few, and rows [first, last) of the head, after those that `part` has seen.
+  void continue_part(const AttendPart& part, Index first, Index last) noexcept {
     load(0, queries_.rows() * shape_.group_size);
-    const Index rows = static_cast<Index>(view_.size(h_)), size = (rows - 1) / parts + 1;
-    const Index first = i * size, last = std::min(first + size, rows);
+    const Index numbers = count_ * shape_.value_dim;
+    std::copy_n(part.max, count_, max_);
+    std::copy_n(part.sum, count_, sum_);
+    std::copy_n(part.out, numbers, s_.out.begin());
     add_rows(first, std::min(last, most_visible_));
     for (Index t = std::max(first, most_visible_); t < last; t += tile_) load_masses(t, std::min(tile_, last - t));
-    to.masses_are_finite[0] = masses_are_finite_;
-    std::copy_n(max_, count_, to.max.begin());
-    std::copy_n(sum_, count_, to.sum.begin());
-    std::copy_n(s_.out.begin(), count_ * shape_.value_dim, to.out.begin());
+    *part.masses_are_finite = *part.masses_are_finite && masses_are_finite_;
+    std::copy_n(max_, count_, part.max);
+    std::copy_n(sum_, count_, part.sum);
+    std::copy_n(s_.out.begin(), numbers, part.out);
   }
 
-  /// Puts the parts of a head together.
-  void join(std::span<const AttendPart> parts, const AttentionOutput& to) noexcept {
+  /// Puts parts [first, first + count) together, which are those of the head.
+  void join(const AttendParts& parts, Index first, Index count, const AttentionOutput& to) noexcept {
     const Index width = shape_.value_dim;
     float* joined = s_.out.data();
     for (Index r = 0; r < queries_.rows() * shape_.group_size; ++r) {
       float max = -std::numeric_limits<float>::infinity(), sum = 0.f;
-      for (const AttendPart& part : parts) max = std::max(max, part.max[at(r)]);
+      for (Index i = first; i < first + count; ++i) max = std::max(max, parts[i].max[r]);
       std::fill_n(joined, width, 0.f);
-      for (const AttendPart& part : parts) {
-        const float factor = std::exp(part.max[at(r)] - max);
-        sum += factor * part.sum[at(r)];
-        add_scaled(joined, part.out.data() + r * width, width, factor);
+      for (Index i = first; i < first + count; ++i) {
+        const AttendPart part = parts[i];
+        const float factor = std::exp(part.max[r] - max);
+        sum += factor * part.sum[r];
+        add_scaled(joined, part.out + r * width, width, factor);
       }
       store(r, joined, max, sum, to);
     }
@@ -349,5 +322,23 @@ class AttendBlock {
   float max_[kQueryTile] = {};
   float sum_[kQueryTile] = {};
 };
+
+/// Task i of a split: what few queries see of a part of some heads.
+template <KVCacheView V>
+void run_task(const V& view, const QueryRows& queries, const AttendSplit& split, Index i, const AttendScratch& scratch,
+              const AttendParts& parts) noexcept {
+  const Index number = i % split.parts(), first_head = i / split.parts() * split.heads_per_task();
+  const Index last_head = std::min(first_head + split.heads_per_task(), split.heads);
+  const Index size = split.rows_per_part(), first = number * size, last = std::min(first + size, split.rows);
+  const auto part = [&](Index h) { return parts[h * split.parts() + number]; };
+  for (Index h = first_head; h < last_head; ++h) part(h).clear(queries.rows() * view.shape().group_size, parts.width);
+  const Index step = split.together ? kFewKeys : size;
+  for (Index t = first; t < last; t += step) {
+    for (Index h = first_head; h < last_head; ++h) {
+      const Index end = std::min({t + step, last, static_cast<Index>(view.size(h))});
+      if (t < end) AttendBlock<V>(view, h, queries, scratch).continue_part(part(h), t, end);
+    }
+  }
+}
 
 }  // namespace kvfold::detail

@@ -217,7 +217,7 @@ template <Index kRows, class Rows>
 void add_block(const std::int16_t* factors, const float* unit, const Rows& b, Index block, float* c, Index c_stride,
                typename Rows::Ahead& next) noexcept {
   using E = typename Rows::Unit;
-  typename Rows::Ahead ahead = next;  // in registers
+  typename Rows::Ahead ahead = next;                                                                    // in registers
   constexpr Index kPart = 2 * kLanes, kParts = std::min<Index>(kRows > 2 ? 1 : 2, kBlockSize / kPart);  // in registers
   constexpr Index kBytes = bytes_of<E>(2 * kParts * kPart);                                             // of two rows
   for (Index d = 0; d < kBlockSize; d += kParts * kPart) {
