@@ -203,6 +203,30 @@ TEST(AttentionWeightsEvidence, IsRefusedWhereItDoesNotFitTheView) {
   EXPECT_TRUE(status([](W&) {}).ok());
 }
 
+TEST(AttentionWeightsEvidence, IsLookedAtInEveryPlace) {
+  constexpr Index kQueries = 11, kRows = 21;  // neither fills groups of rows, nor lanes
+  const auto cache = make_cache({1, 1, 8, 4}, kRows);
+  OwnedWeights weights(cache, make_queries({1, 1, 8, 4}, kQueries, kRows).view());
+  const GlobalLocalScorer scorer({.window = 2});
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (Index i = 0; i < kQueries; ++i) {
+    for (Index t = 0; t < kRows; ++t) {
+      float& weight = nth(weights.data, i * weights.view.row_stride + t);
+      const float before = weight;
+      for (const float bad : {kNaN, kInfinity, -kInfinity, -1e-45f, -1.f}) {
+        weight = bad;
+        const Status status = run_score(scorer, cache, weights.view).status;
+        EXPECT_EQ(status.code(), std::isfinite(bad) ? StatusCode::invalid_argument : StatusCode::not_finite);
+        EXPECT_EQ(status.row(), i) << bad << " for row " << t;
+      }
+      for (const float good : {-0.f, 0.f, 1e-45f, before}) {
+        weight = good;
+        EXPECT_TRUE(run_score(scorer, cache, weights.view).status.ok()) << good;
+      }
+    }
+  }
+}
+
 TEST(AttentionWeightsEvidence, OfManyRowsIsAddedUpInPieces) {
   const LayerShape shape{2, 2, 4, 4};
   auto cache = make_cache(shape, 8500);

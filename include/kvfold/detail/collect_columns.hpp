@@ -3,8 +3,12 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <limits>
 
 #include "kvfold/detail/attention_columns.hpp"
+#include "kvfold/detail/lanes.hpp"
+#include "kvfold/detail/linalg.hpp"
 #include "kvfold/evidence/column_sums.hpp"
 #include "kvfold/exec/executor.hpp"
 
@@ -164,8 +168,7 @@ void measure(const V& view, const QueryRows& queries, const ColumnRequest& want,
   arena.rewind(mark);
 }
 
-/// Columns of weights that are added up together: as many as memory is read well in, so few that several rows of them stay
-/// in the second cache.
+/// Columns of weights that are added up by one task: as many as memory is read well in, so few that long heads have several.
 inline constexpr Index kColumnPiece = 4096;
 
 template <KVCacheView V>
@@ -173,21 +176,49 @@ template <KVCacheView V>
   return (max_rows(view) - 1) / kColumnPiece + 1;
 }
 
+/// to[j] += factor * the sum over kRows rows of weights: each is read once, to be checked and added.
+/// \returns whether all of them are finite and at least 0
+template <Index kRows>
+[[nodiscard]] bool add_checked_rows(const float* rows, Index stride, float factor, Index n, float* to) noexcept {
+  IntLanes bad{};
+  Index j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    Lanes sum{};
+    for (Index r = 0; r < kRows; ++r) {
+      const Lanes x = load_lanes(rows + r * stride + j);
+      const IntLanes bits = reinterpret_cast<IntLanes>(x);
+      bad |= (bits > 0x7f7fffff) | ((bits < 0) & (bits != std::numeric_limits<std::int32_t>::min()));
+      sum += x;
+    }
+    store_lanes(load_lanes(to + j) + factor * sum, to + j);
+  }
+  bool ok = true;
+  for (Index i = 0; i < kLanes; ++i) ok = ok && bad[i] == 0;
+  for (Index r = 0; r < kRows; ++r) ok = ok && all_weights(rows + r * stride + j, n - j);
+  for (; j < n; ++j) {
+    float sum = 0.f;
+    for (Index r = 0; r < kRows; ++r) sum += rows[r * stride + j];
+    to[j] += factor * sum;
+  }
+  return ok;
+}
+
 /// to[j] += factor * the sum over a range of rows of weights, n columns of them.
 inline Status add_weights(const float* weights, Index row_stride, QueryRange range, float factor, Index h, Index n,
                           float* to) noexcept {
-  constexpr Index kRows = 8;  // at a time, as `add_rows` takes them
+  constexpr Index kRows = 8;  // at a time: they are on their way from memory together
   for (Index k = 0; k < range.count; k += kRows) {
     const float* rows = weights + (range.first + k * range.step) * row_stride;
     const Index count = std::min(kRows, range.count - k), stride = range.step * row_stride;
-    for (Index r = 0; r < count; ++r) {
+    bool ok = true;
+    with_constant<kRows>(count, [&](auto constant) { ok = add_checked_rows<constant()>(rows, stride, factor, n, to); });
+    for (Index r = 0; !ok && r < count; ++r) {
       const float* row = rows + r * stride;
       if (all_weights(row, n)) continue;
       const Index i = range.first + (k + r) * range.step;
       if (!all_finite(row, n)) return {StatusCode::not_finite, "weights", "has a NaN or an infinity", h, i};
       return {StatusCode::invalid_argument, "weights", "has a weight below 0", h, i};
     }
-    add_rows(rows, stride, &factor, 0, count, n, to);
   }
   return {};
 }
