@@ -30,24 +30,5 @@ TEST(CountAbove, AndPlacesAreOfTheSameNumbers) {
   }
 }
 
-TEST(AddRows, IsTheSumOfScaledRows) {
-  test::Random random(4);
-  constexpr Index kWidth = 21, kStride = 24, kMost = 19, kStep = 2;
-  const std::vector<float> rows = test::normals(kMost * kStride, random);
-  const std::vector<float> factors = test::normals(kMost * kStep, random);
-  for (Index count = 0; count <= kMost; ++count) {
-    std::vector<float> sum(kWidth, 0.5f);
-    add_rows(rows.data(), kStride, factors.data(), kStep, count, kWidth, sum.data());
-    for (Index j = 0; j < kWidth; ++j) {
-      double wanted = 0.5;
-      for (Index r = 0; r < count; ++r) {
-        wanted += static_cast<double>(factors[static_cast<std::size_t>(r * kStep)]) *
-                  static_cast<double>(rows[static_cast<std::size_t>(r * kStride + j)]);
-      }
-      EXPECT_NEAR(static_cast<double>(sum[static_cast<std::size_t>(j)]), wanted, 1e-5) << count;
-    }
-  }
-}
-
 }  // namespace
 }  // namespace kvfold::detail

@@ -79,21 +79,6 @@ inline void add_scaled(float* to, const float* x, Index n, float factor) noexcep
   Floats(to, n) += factor * ConstFloats(x, n);
 }
 
-/// to[j] += sum over r of factor[r * factor_stride] * rows[r * row_stride + j], for `count` rows. Eight at a time:
-/// several rows are on their way from memory, and sums stay in registers meanwhile.
-inline void add_rows(const float* rows, Index row_stride, const float* factor, Index factor_stride, Index count,
-                     Index n, float* to) noexcept {
-  Index r = 0;
-  const auto row = [&](Index i) { return ConstFloats(rows + (r + i) * row_stride, n); };
-  const auto f = [&](Index i) { return factor[(r + i) * factor_stride]; };
-  Floats sum(to, n);
-  for (; r + 8 <= count; r += 8) {
-    sum += ((f(0) * row(0) + f(1) * row(1)) + (f(2) * row(2) + f(3) * row(3))) +
-           ((f(4) * row(4) + f(5) * row(5)) + (f(6) * row(6) + f(7) * row(7)));
-  }
-  for (; r < count; ++r) sum += f(0) * row(0);
-}
-
 /// x = max(x, 0) * max(y, 0).
 inline void multiply_clamped(float* x, const float* y, Index n) noexcept {
   Floats v(x, n);

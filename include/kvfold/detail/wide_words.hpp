@@ -87,13 +87,6 @@ inline void store_rounded_lanes(Lanes low, Lanes high, std::int16_t* to) noexcep
 
 #endif
 
-/// Two integers of 16 bits in each lane.
-[[nodiscard]] inline Words pair_in_all_lanes(const std::int16_t* from) noexcept {
-  std::int32_t pair;
-  std::memcpy(&pair, from, sizeof pair);
-  return in_all_lanes(pair);
-}
-
 /// x, of which compilers know nothing: see lanes.hpp.
 [[nodiscard]] inline Words in_register(Words x) noexcept {
   asm("" : "+x"(x));
@@ -143,7 +136,9 @@ struct PairsOfRows {
 class SumsOfRows {
  public:
   void add(const PairsOfRows& rows, const std::int16_t* factors) noexcept {
-    const Words by = pair_in_all_lanes(factors);
+    std::int32_t pair;
+    std::memcpy(&pair, factors, sizeof pair);
+    const Words by = in_all_lanes(pair);
     low_ = in_register(add_products(low_, rows.low, by));  // which g++ else keeps on the stack
     high_ = in_register(add_products(high_, rows.high, by));
   }
