@@ -114,7 +114,7 @@ class FewBlockDots {
  public:
   /// Whether sums over lanes are made at the end of a row, of floats, with scales that are read before; else for each
   /// block, of integers. The first has fewer shuffles, and more to do for a scale, which pays where rows of a share it.
-  static constexpr bool kScalesFirst = kRows > 2 && kLanes == 8;
+  static constexpr bool kScalesFirst = kRows > 2 || kLanes > 8;
 
   FewBlockDots(const RoundedRows& a, Index row, const Rows& b, const BlockSpace& space) noexcept
       : b_(b), value_(a.value.data() + a.place(row, 0)), space_(space), blocks_(a.k / kBlockSize) {
@@ -124,7 +124,7 @@ class FewBlockDots {
   }
 
   void set(float* c, Index c_stride) const noexcept {
-    typename Rows::Ahead next(b_, 0, kAhead);
+    typename Rows::Ahead next(b_, 0);
     for_columns<kColumns>(b_, [&](const auto& rows, Index first, auto count) {
       Lanes sums;
       if constexpr (kScalesFirst) {
@@ -219,7 +219,7 @@ void add_block(const std::int16_t* factors, const float* unit, const Rows& b, In
   using E = typename Rows::Unit;
   typename Rows::Ahead ahead = next;                                                                    // in registers
   constexpr Index kPart = 2 * kLanes, kParts = std::min<Index>(kRows > 2 ? 1 : 2, kBlockSize / kPart);  // in registers
-  constexpr Index kBytes = bytes_of<E>(2 * kParts * kPart);                                             // of two rows
+  constexpr Index kBytes = bytes_of<E>(2 * kBlockSize);                                                 // of two rows
   for (Index d = 0; d < kBlockSize; d += kParts * kPart) {
     SumsOfRows sums[kMostFewRows][2];
     typename Rows::Walk walk(b, block);
@@ -231,7 +231,7 @@ void add_block(const std::int16_t* factors, const float* unit, const Rows& b, In
     };
     Index j = 0;
     for (; j + 1 < b.count; j += 2) {
-      ahead.template fetch<kBytes>();
+      if (d == 0) ahead.template fetch<kBytes>();
       const E* one = walk.next();
       add(*one, *walk.next(), j);
     }
@@ -292,7 +292,7 @@ void add_few(const float* a, Index a_stride, Index m, const Rows& b, const Block
     for (Index u = 0; u < blocks; ++u) {
       space.units[static_cast<std::size_t>(u)] = put_in_units(space.scales_of(u), 1.f, space.scales_of(u));
     }
-    typename Rows::Ahead next(b, first + some.count - 1, kAhead / 2);  // all of these are read several times
+    typename Rows::Ahead next(b, first);
     const typename Rows::Ahead from = next;
     for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
       next = from;

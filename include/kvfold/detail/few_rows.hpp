@@ -68,7 +68,7 @@ template <Index kRows, class Rows>
 void few_dots_of(const float* a, Index a_stride, const Rows& b, Index k, float* c, Index c_stride) noexcept {
   using E = typename Rows::Unit;
   constexpr Index kColumns = kFewColumns<kRows>;
-  typename Rows::Ahead next(b, 0, kAhead);
+  typename Rows::Ahead next(b, 0);
   for_columns<kColumns>(b, [&](const auto& rows, Index first, auto count) {
     Lanes sums[kLanes];
     clear(sums);

@@ -47,10 +47,13 @@ inline void store_lanes(Lanes x, float* to) noexcept { *reinterpret_cast<LanesIn
 }
 
 inline constexpr Index kCacheLine = 64;  ///< bytes
-/// Asks for the cache line `offset` bytes after an address; harmless where nothing is.
+enum class Cache { kFirst, kSecond };
+/// Asks for the cache line `offset` bytes after an address; harmless where nothing is. What is on its way to the first cache
+/// holds one of the few places that all reads need, so what is far ahead goes to the second.
+template <Cache kTo = Cache::kFirst>
 inline void fetch_line(const void* from, Index offset) noexcept {
   const auto address = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset);
-  __builtin_prefetch(reinterpret_cast<const void*>(address));
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, kTo == Cache::kFirst ? 3 : 2);
 }
 
 /// The larger and the smaller of each two, x where they do not compare. g++ does not find the instructions for this.

@@ -14,16 +14,19 @@
 
 namespace kvfold::detail {
 
-/// How far ahead rows are asked for, in bytes: they come from memory while those before them are worked on. Processors fetch
-/// too little by themselves while they compute, and nothing where rows lie anywhere.
-inline constexpr Index kAhead = 8192;
+/// How far ahead rows are asked for, in bytes: they come from memory to the second cache while those before them are worked
+/// on. Processors fetch too little by themselves while they compute, and nothing where rows lie anywhere.
+template <Stored E>
+inline constexpr Index kFarAhead = kInBlocks<E> ? 16384 : 8192;
+/// The same for the first cache, of rows in blocks: the scales of many rows are read before the rest, which would wait.
+inline constexpr Index kNearAhead = 8192;
 /// Of how many rows at most, where each has an address of its own.
 inline constexpr Index kMostAhead = 128;
 
-/// Asks for kBytes from `offset` bytes after an address; harmless where nothing is.
-template <Index kBytes, class E>
+/// Asks for kBytes, or less than a line fewer, from `offset` bytes after an address; harmless where nothing is.
+template <Cache kTo, Index kBytes, class E>
 void fetch(const E* from, Index offset) noexcept {
-  for (Index i = 0; i < kBytes; i += kCacheLine) fetch_line(from, offset + i);
+  for (Index i = 0; i < std::max<Index>(kBytes / kCacheLine, 1); ++i) fetch_line<kTo>(from, offset + i * kCacheLine);
 }
 
 /// Rows one after the other, without gaps. What is asked for ahead is what follows in memory.
@@ -52,25 +55,26 @@ struct RowsTogether {
   /// Asks for kBytes ahead of those from unit `first` of row i on.
   template <Index kBytes>
   void fetch_after(Index i, Index first) const noexcept {
-    fetch<kBytes>(row(i) + first, kAhead);
+    fetch<Cache::kSecond, kBytes>(row(i) + first, kFarAhead<E>);
   }
-  void fetch_first() const noexcept { fetch<kAhead>(data, 0); }
+  void fetch_first() const noexcept { fetch<Cache::kSecond, kFarAhead<E>>(data, 0); }
 
   /// Asks for rows, a little at a time: what is asked for all at once is waited for.
   class Ahead {
    public:
-    /// From so many bytes after row `first` on.
-    Ahead(const RowsTogether& rows, Index first, Index bytes) noexcept : from_(rows.row(first)), offset_(bytes) {}
+    /// Those ahead of row `first` and of what follows it.
+    Ahead(const RowsTogether& rows, Index first) noexcept : from_(rows.row(first)) {}
 
     template <Index kBytes>
     void fetch() noexcept {
-      detail::fetch<kBytes>(from_, offset_);
-      offset_ += kBytes;
+      detail::fetch<Cache::kSecond, kBytes>(from_, done_ + kFarAhead<E>);
+      if constexpr (kInBlocks<E>) detail::fetch<Cache::kFirst, kBytes>(from_, done_ + kNearAhead);
+      done_ += kBytes;
     }
 
    private:
     const E* from_;
-    Index offset_;
+    Index done_ = 0;
   };
 };
 
@@ -97,24 +101,29 @@ struct RowsAnywhere {
   };
   template <Index kBytes>
   void fetch_after(Index i, Index first) const noexcept {
-    fetch<kBytes>(to[i + ahead] + first, 0);
+    fetch<Cache::kSecond, kBytes>(to[i + ahead] + first, 0);
   }
   void fetch_first() const noexcept {
     for (Index j = 0; j < std::min(ahead, count); ++j) {
-      for (Index offset = 0; offset < bytes(); offset += kCacheLine) fetch_line(to[j], offset);
+      for (Index offset = 0; offset < bytes(); offset += kCacheLine) fetch_line<Cache::kSecond>(to[j], offset);
     }
   }
   [[nodiscard]] Index bytes() const noexcept { return units * static_cast<Index>(sizeof(E)); }
 
   class Ahead {
    public:
-    Ahead(const RowsAnywhere& rows, Index first, Index /*bytes*/) noexcept
-        : row_(rows.to + first + rows.ahead), last_(rows.to + rows.count - 1 + rows.ahead), bytes_(rows.bytes()) {}
+    Ahead(const RowsAnywhere& rows, Index first) noexcept
+        : row_(rows.to + first),
+          last_(rows.to + rows.count - 1),
+          far_(rows.ahead),
+          near_(rows.ahead * kNearAhead / kFarAhead<E>),
+          bytes_(rows.bytes()) {}
 
     template <Index kBytes>
     void fetch() noexcept {
       for (due_ += kBytes; due_ > 0;) {
-        fetch_line(*row_, offset_);
+        fetch_line<Cache::kSecond>(row_[far_], offset_);
+        if constexpr (kInBlocks<E>) fetch_line<Cache::kFirst>(row_[near_], offset_);
         const Index part = std::min(kCacheLine, bytes_ - offset_);
         due_ -= part;
         offset_ += part;
@@ -127,7 +136,7 @@ struct RowsAnywhere {
    private:
     const E* const* row_;
     const E* const* last_;
-    Index bytes_, offset_ = 0, due_ = 0;
+    Index far_, near_, bytes_, offset_ = 0, due_ = 0;
   };
 };
 
@@ -172,7 +181,7 @@ template <Stored E, class F, class G>
     f(RowsTogether<E>{rows.data, units, n}, scaled);
     return true;
   }
-  const Index ahead = std::clamp<Index>(kAhead / (units * static_cast<Index>(sizeof(E))), 1, kMostAhead);
+  const Index ahead = std::clamp<Index>(kFarAhead<E> / (units * static_cast<Index>(sizeof(E))), 1, kMostAhead);
   const Index all = std::min(n + ahead, size - t);
   for (Index done = 0; done < all;) {
     if (done > 0) rows = stored(t + done, all - done);

@@ -37,12 +37,14 @@ using Words = __m512i;
 /// Each of the first half of every four lanes' words beside that of y, and of the second half.
 [[nodiscard]] inline Words low_pairs(Words x, Words y) noexcept { return _mm512_unpacklo_epi16(x, y); }
 [[nodiscard]] inline Words high_pairs(Words x, Words y) noexcept { return _mm512_unpackhi_epi16(x, y); }
-/// sums + x[2 i] * y[2 i] + x[2 i + 1] * y[2 i + 1] in each lane i.
+/// x[2 i] * y[2 i] + x[2 i + 1] * y[2 i + 1] in each lane i.
+[[nodiscard]] inline Words products(Words x, Words y) noexcept { return _mm512_madd_epi16(x, y); }
+/// sums + products(x, y).
 [[nodiscard]] inline Words add_products(Words sums, Words x, Words y) noexcept {
 #if defined(__AVX512VNNI__)
   return _mm512_dpwssd_epi32(sums, x, y);
 #else
-  return _mm512_add_epi32(sums, _mm512_madd_epi16(x, y));
+  return _mm512_add_epi32(sums, products(x, y));
 #endif
 }
 [[nodiscard]] inline Lanes to_lanes(Words sums) noexcept { return _mm512_cvtepi32_ps(sums); }
@@ -71,11 +73,12 @@ using Words = __m256i;
 [[nodiscard]] inline Words in_all_lanes(std::int32_t x) noexcept { return _mm256_set1_epi32(x); }
 [[nodiscard]] inline Words low_pairs(Words x, Words y) noexcept { return _mm256_unpacklo_epi16(x, y); }
 [[nodiscard]] inline Words high_pairs(Words x, Words y) noexcept { return _mm256_unpackhi_epi16(x, y); }
+[[nodiscard]] inline Words products(Words x, Words y) noexcept { return _mm256_madd_epi16(x, y); }
 [[nodiscard]] inline Words add_products(Words sums, Words x, Words y) noexcept {
 #if defined(__AVXVNNI__)
   return _mm256_dpwssd_avx_epi32(sums, x, y);
 #else
-  return _mm256_add_epi32(sums, _mm256_madd_epi16(x, y));
+  return _mm256_add_epi32(sums, products(x, y));
 #endif
 }
 [[nodiscard]] inline Lanes to_lanes(Words sums) noexcept { return _mm256_cvtepi32_ps(sums); }
@@ -110,8 +113,8 @@ class WideWords {
 
   /// Sums of 32 / kLanes products each. Exact, of bytes and of words but -2^15: all of them together are below 2^27.
   [[nodiscard]] friend IntLanes dots(const WideWords& x, const WideWords& y) noexcept {
-    Words sums{};
-    for (Index i = 0; i < kParts; ++i) sums = add_products(sums, x.words_[i], y.words_[i]);
+    Words sums = products(x.words_[0], y.words_[0]);
+    for (Index i = 1; i < kParts; ++i) sums = add_products(sums, x.words_[i], y.words_[i]);
     return reinterpret_cast<IntLanes>(sums);
   }
 
