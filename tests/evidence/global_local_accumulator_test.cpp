@@ -331,6 +331,23 @@ TEST(GlobalLocalAccumulator, RowsThatNoQueryHasSeenHaveSumsOfZero) {
   for (std::size_t t = 40; t < 60; ++t) EXPECT_EQ(sums.global[t] + sums.local[t] + sums.seen[t], 0.f);
 }
 
+TEST(GlobalLocalAccumulator, DoesNotReadQueriesThatAreNeitherSampledNorInTheWindow) {
+  const LayerShape shape{2, 2, 8, 4};
+  const Options options{.window = 16, .query_stride = 4};  // takes numbers 2, 6, ... and keeps 64 to 79 of 80
+  const Prompt prompt(shape, 100);
+  Prompt spoiled(shape, 100);
+  for (const Index i : {0, 3, 29, 63}) {
+    for (Index q = 0; q < shape.query_heads(); ++q) {
+      const float* row = spoiled.queries.view().row(q, i);
+      std::fill_n(spoiled.queries.data.begin() + (row - spoiled.queries.data.data()), shape.key_dim, kNaN);
+    }
+  }
+  auto accumulator = make_accumulator(shape, 100, options), other = make_accumulator(shape, 100, options);
+  ASSERT_TRUE(read(accumulator, prompt, {80, 20}).ok());
+  ASSERT_TRUE(read(other, spoiled, {80, 20}).ok());
+  EXPECT_TRUE(summarize(other, prompt.so_far(100)) == summarize(accumulator, prompt.so_far(100)));
+}
+
 TEST(GlobalLocalAccumulator, ResetForgetsEverything) {
   const LayerShape shape{2, 2, 8, 4};
   const Prompt prompt(shape, 90);

@@ -35,6 +35,21 @@ struct ColumnRequest {
   return {start, start < last ? (last - start + step - 1) / step : 0, step};
 }
 
+/// The queries of each term, of so many.
+struct TermQueries {
+  QueryRange local, global;
+
+  TermQueries(const ColumnRequest& want, Index queries) noexcept
+      : local{queries - std::min(want.window, queries), std::min(want.window, queries), 1},
+        global(want.global ? sampled(0, local.first, 0, want.query_stride) : QueryRange{}) {}
+
+  /// The term with more queries is split into lanes; the other one is the first lane's.
+  [[nodiscard]] bool global_is_more() const noexcept { return global.count > local.count; }
+  [[nodiscard]] Index lanes(const LayerShape& shape) const noexcept {
+    return lane_count(shape, std::max(global.count, local.count));
+  }
+};
+
 /// Adds the weight of each query of a range to the last row it sees. Suffix sums of this are `ColumnSums::seen`.
 template <KVCacheView V>
 void mark_last_seen(const V& view, Index h, const QueryRows& queries, QueryRange range, float weight,
@@ -100,7 +115,8 @@ template <KVCacheView V>
   if (Status bad = check_queries(queries, shape); !bad.ok()) return bad;
   const ColumnDetail detail = want.per_query_head ? ColumnDetail::query_head : ColumnDetail::kv_head;
   const Index columns = column_count(detail, shape.group_size);
-  const Index lanes = lane_count(shape, queries.rows());
+  const TermQueries terms(want, queries.rows());
+  const Index lanes = terms.lanes(shape);
   const ColumnStorage store = ColumnStorage::take(view, columns, arena, lanes);
   const std::size_t mark = arena.mark();
   const LaneSums others = LaneSums::take(arena, shape, lanes, columns, max_rows(view));
@@ -113,12 +129,8 @@ template <KVCacheView V>
   if (Status bad = check(arena); !bad.ok()) return bad;
   std::fill(store.status.begin(), store.status.end(), Status{});
 
-  const Index window = std::min(want.window, queries.rows());
-  const Index before = queries.rows() - window;
-  const QueryRange local{before, window, 1};
-  const QueryRange global = want.global ? sampled(0, before, 0, want.query_stride) : QueryRange{};
   const auto stride_weight = static_cast<float>(want.query_stride);
-  const bool global_is_more = global.count > local.count;  // and is split into lanes; the lesser is the first lane's
+  const bool global_is_more = terms.global_is_more();
   auto sum = [&](Index i, Index worker) noexcept {
     const Lane lane{i % lanes, lanes};
     const Index h = i / lanes;
@@ -133,8 +145,8 @@ template <KVCacheView V>
                                  split ? lane : Lane{})
                    .run();
     };
-    run(local, 1.f, !global_is_more, store.local);
-    run(global, stride_weight, global_is_more, store.global);
+    run(terms.local, 1.f, !global_is_more, store.local);
+    run(terms.global, stride_weight, global_is_more, store.global);
   };
   executor.run(shape.kv_heads * lanes, sum);
   if (Status bad = first_error(store.status); !bad.ok()) return bad;
@@ -145,8 +157,8 @@ template <KVCacheView V>
     const std::span<float> seen = store.block(store.seen, 1, h);
     others.join(h, global_is_more ? glo : loc);
     add(glo.data(), loc.data(), static_cast<Index>(glo.size()));
-    mark_last_seen(view, h, queries, local, 1.f, seen);
-    mark_last_seen(view, h, queries, global, stride_weight, seen);
+    mark_last_seen(view, h, queries, terms.local, 1.f, seen);
+    mark_last_seen(view, h, queries, terms.global, stride_weight, seen);
     suffix_sum(seen);
   };
   executor.run(shape.kv_heads, join);
@@ -157,7 +169,8 @@ template <KVCacheView V>
 template <KVCacheView V>
 void measure(const V& view, const QueryRows& queries, const ColumnRequest& want, Arena& arena, Index workers) noexcept {
   const LayerShape shape = view.shape();
-  const Index columns = want.per_query_head ? shape.group_size : 1, lanes = lane_count(shape, queries.rows());
+  const Index columns = want.per_query_head ? shape.group_size : 1;
+  const Index lanes = TermQueries(want, queries.rows()).lanes(shape);
   static_cast<void>(ColumnStorage::take(view, columns, arena, lanes));
   const std::size_t mark = arena.mark();
   static_cast<void>(LaneSums::take(arena, shape, lanes, columns, max_rows(view)));
@@ -242,9 +255,7 @@ template <KVCacheView V>
   std::fill(store.status.begin(), store.status.end(), Status{});
   for (Index h = 0; h < shape.kv_heads; ++h) store.clear(columns, h);
 
-  const Index window = std::min(want.window, weights.rows), before = weights.rows - window;
-  const QueryRange local{before, window, 1};
-  const QueryRange global = want.global ? sampled(0, before, 0, want.query_stride) : QueryRange{};
+  const TermQueries terms(want, weights.rows);
   const float share = columns == 1 ? 1.f / static_cast<float>(shape.group_size) : 1.f;
   auto task = [&](Index i, Index) noexcept {
     const Index h = i / pieces, first = i % pieces * kColumnPiece;
@@ -255,8 +266,9 @@ template <KVCacheView V>
       float* glo = store.block(store.global, columns, h).data() + place;
       float* loc = store.block(store.local, columns, h).data() + place;
       const float* from = weights.data + (h * shape.group_size + g) * weights.head_stride + first;
-      status = add_weights(from, weights.row_stride, global, share * static_cast<float>(want.query_stride), h, n, glo);
-      if (status.ok()) status = add_weights(from, weights.row_stride, local, share, h, n, loc);
+      status =
+          add_weights(from, weights.row_stride, terms.global, share * static_cast<float>(want.query_stride), h, n, glo);
+      if (status.ok()) status = add_weights(from, weights.row_stride, terms.local, share, h, n, loc);
       if (g + 1 == shape.group_size || columns > 1) add(glo, loc, n);
     }
   };

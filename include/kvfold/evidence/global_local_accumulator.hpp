@@ -76,7 +76,8 @@ class GlobalLocalAccumulator {
   }
 
   /// Takes the queries of the next positions. Their rows must be in the cache already. Nothing changes when it fails.
-  /// Log-sum-exps that do not fit are found when their queries leave the window.
+  /// Log-sum-exps that do not fit are found when their queries leave the window. Queries of the chunk that are neither
+  /// sampled nor in the window after it are not read.
   /// Cost: 2 * n / s * G * T * D FLOPs per head for n queries, half of it under the causal mask.
   template <KVCacheView V, Executor X>
   Status observe(const V& view, const QueryRows& queries, Workspace workspace, X& executor) noexcept {
@@ -102,33 +103,42 @@ class GlobalLocalAccumulator {
     const Index from_chunk = leaving - from_ring;
     const Index oldest = observed_ - held;
     const auto weight = static_cast<float>(options_.query_stride);
+    const auto from = detail::sampled(0, from_chunk, observed_, options_.query_stride);
+    Index taken = from.count;
+    for_ring(oldest, from_ring, [&](const detail::QuerySegment& ring, Index sequence) {
+      taken += detail::sampled(0, ring.range.count, sequence, options_.query_stride).count;
+    });
 
-    const detail::LaneSums others = scratch.lanes_for(shape_, std::max(from_ring, from_chunk));
-    auto task = [&](Index i, Index worker) noexcept {
-      const Index h = i / others.lanes;
-      const detail::Lane lane{i % others.lanes, others.lanes};
-      const detail::ColumnScratch& s = scratch.columns[detail::at(worker)];
+    const detail::LaneSums others = scratch.lanes_for(shape_, taken);
+    const auto add_taken = [&](Index h, detail::Lane lane, Index worker) noexcept -> Status {
       std::span<float> sums = scratch.sums_of(h, columns() * static_cast<Index>(view.size(h)));
       if (lane.index == 0) std::fill(sums.begin(), sums.end(), 0.f);
       sums = others.begin(h, lane.index, sums);
-      Status& status = scratch.status[detail::at(i)];
       detail::QuerySegment segments[kMostPieces + 1];
       std::size_t count = 0;
       for_ring(oldest, from_ring, [&](detail::QuerySegment ring, Index sequence) {
         ring.range = detail::sampled(0, ring.range.count, sequence, options_.query_stride);
         segments[count++] = ring;
       });
-      segments[count++] =
-          detail::QuerySegment::of(queries, detail::sampled(0, from_chunk, observed_, options_.query_stride));
+      segments[count++] = detail::QuerySegment::of(queries, from);
       // All in one go, unless the engine has begun or ended to give log-sum-exps.
       const std::size_t step = have_alike_sums(std::span(segments, count)) ? count : 1;
+      Status status;
       for (std::size_t k = 0; k < count && status.ok(); k += step) {
-        const auto some = std::span(segments).subspan(k, step);
-        status = detail::ColumnAccumulator(view, h, some, weight, s, sums, columns(), lane).run();
+        status = detail::ColumnAccumulator(view, h, std::span(segments).subspan(k, step), weight,
+                                           scratch.columns[detail::at(worker)], sums, columns(), lane)
+                     .run();
       }
+      return status;
+    };
+    auto task = [&](Index i, Index worker) noexcept {
+      const Index h = i / others.lanes;
+      const detail::Lane lane{i % others.lanes, others.lanes};
+      Status& status = scratch.status[detail::at(i)];
+      if (taken > 0) status = add_taken(h, lane, worker);
       // Queries that stay in the ring are looked at later; a NaN in them must not get in.
       for (Index g = 0; lane.index == 0 && status.ok() && g < shape_.group_size; ++g) {
-        for (Index q = 0; q < n; ++q) {
+        for (Index q = from_chunk; q < n; ++q) {
           if (!detail::all_finite(queries.row(h * shape_.group_size + g, q), shape_.key_dim)) {
             status = {StatusCode::not_finite, "queries", "has a NaN or an infinity", h, q};
             break;
@@ -142,14 +152,13 @@ class GlobalLocalAccumulator {
     auto commit = [&](Index h, Index) noexcept {
       const auto rows = static_cast<Index>(view.size(h));
       const std::span<float> sums = scratch.sums_of(h, columns() * rows);
-      others.join(h, sums);
-      for (Index c = 0; c < columns(); ++c) detail::add(global(h, c), sums.data() + c * rows, rows);
+      if (taken > 0) others.join(h, sums);
+      for (Index c = 0; taken > 0 && c < columns(); ++c) detail::add(global(h, c), sums.data() + c * rows, rows);
       for_ring(oldest, from_ring, [&](const detail::QuerySegment& ring, Index sequence) {
         const auto range = detail::sampled(0, ring.range.count, sequence, options_.query_stride);
         detail::mark_last_seen(view, h, ring.queries, range, weight, marks(h));
       });
-      detail::mark_last_seen(view, h, queries, detail::sampled(0, from_chunk, observed_, options_.query_stride), weight,
-                             marks(h));
+      detail::mark_last_seen(view, h, queries, from, weight, marks(h));
       state_.rows[detail::at(h)] = rows;
     };
     executor.run(shape_.kv_heads, commit);
