@@ -17,6 +17,8 @@ namespace kvfold::detail {
 
 #if defined(__AVX512BW__)
 inline constexpr Index kLanes = 16;
+/// A mask for instructions that have one: g++ 12 warns of what those without it leave undefined.
+inline constexpr std::uint16_t kAllLanes = 0xffff;
 #elif defined(__AVX__)
 inline constexpr Index kLanes = 8;
 #else
@@ -58,8 +60,8 @@ inline void fetch_line(const void* from, Index offset) noexcept {
 
 /// The larger and the smaller of each two, x where they do not compare. g++ does not find the instructions for this.
 #if defined(__AVX512BW__)
-[[nodiscard]] inline Lanes larger(Lanes x, Lanes y) noexcept { return _mm512_max_ps(y, x); }
-[[nodiscard]] inline Lanes smaller(Lanes x, Lanes y) noexcept { return _mm512_min_ps(y, x); }
+[[nodiscard]] inline Lanes larger(Lanes x, Lanes y) noexcept { return _mm512_maskz_max_ps(kAllLanes, y, x); }
+[[nodiscard]] inline Lanes smaller(Lanes x, Lanes y) noexcept { return _mm512_maskz_min_ps(kAllLanes, y, x); }
 #elif defined(__AVX__)
 [[nodiscard]] inline Lanes larger(Lanes x, Lanes y) noexcept { return _mm256_max_ps(y, x); }
 [[nodiscard]] inline Lanes smaller(Lanes x, Lanes y) noexcept { return _mm256_min_ps(y, x); }

@@ -105,7 +105,7 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 /// kLanes fp16 numbers.
 [[nodiscard]] inline Lanes load_f16_lanes(const void* from) noexcept {
 #if defined(__AVX512BW__)
-  return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
+  return _mm512_maskz_cvtph_ps(kAllLanes, _mm256_loadu_si256(static_cast<const __m256i*>(from)));
 #else
   return _mm256_cvtph_ps(load_16_bytes(from));
 #endif
@@ -114,7 +114,7 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 /// kLanes signed bytes.
 [[nodiscard]] inline Lanes load_i8_lanes(const void* from) noexcept {
 #if defined(__AVX512BW__)
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16_bytes(from)));
+  return _mm512_maskz_cvtepi32_ps(kAllLanes, _mm512_maskz_cvtepi8_epi32(kAllLanes, load_16_bytes(from)));
 #else
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(from)));
 #endif
@@ -123,7 +123,7 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 /// kLanes fp8 e4m3 numbers times 2^-8.
 [[nodiscard]] inline Lanes load_f8_lanes(const void* from) noexcept {
 #if defined(__AVX512BW__)
-  return _mm512_cvtph_ps(f16_of_16_f8(load_16_bytes(from)));
+  return _mm512_maskz_cvtph_ps(kAllLanes, f16_of_16_f8(load_16_bytes(from)));
 #else
   return _mm256_cvtph_ps(_mm256_castsi256_si128(f16_of_16_f8(_mm_loadu_si64(from))));
 #endif
@@ -133,7 +133,7 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 [[nodiscard]] inline Lanes load_bf16_lanes(const void* from) noexcept {
 #if defined(__AVX512BW__)
   const __m256i halves = _mm256_loadu_si256(static_cast<const __m256i*>(from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAllLanes, _mm512_maskz_cvtepu16_epi32(kAllLanes, halves), 16));
 #else
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16_bytes(from)), 16));
 #endif
@@ -156,7 +156,7 @@ template <class F>
 template <class F>
 [[nodiscard]] Lanes gather_f16_lanes(F at) noexcept {
 #if defined(__AVX512BW__)
-  return _mm512_cvtph_ps(_mm256_set_m128i(gather_8_f16(8, at), gather_8_f16(0, at)));
+  return _mm512_maskz_cvtph_ps(kAllLanes, _mm256_set_m128i(gather_8_f16(8, at), gather_8_f16(0, at)));
 #else
   return _mm256_cvtph_ps(gather_8_f16(0, at));
 #endif

@@ -47,13 +47,12 @@ using Words = __m512i;
   return _mm512_add_epi32(sums, products(x, y));
 #endif
 }
-[[nodiscard]] inline Lanes to_lanes(Words sums) noexcept { return _mm512_cvtepi32_ps(sums); }
 
 /// 2 * kLanes numbers of at most 32767 to the nearest integers, in the rounding mode of the thread.
 inline void store_rounded_lanes(Lanes low, Lanes high, std::int16_t* to) noexcept {
   auto* out = reinterpret_cast<__m256i*>(to);
-  _mm256_storeu_si256(out, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(low)));
-  _mm256_storeu_si256(out + 1, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(high)));
+  _mm256_storeu_si256(out, _mm512_maskz_cvtsepi32_epi16(kAllLanes, _mm512_maskz_cvtps_epi32(kAllLanes, low)));
+  _mm256_storeu_si256(out + 1, _mm512_maskz_cvtsepi32_epi16(kAllLanes, _mm512_maskz_cvtps_epi32(kAllLanes, high)));
 }
 
 #else
@@ -81,7 +80,6 @@ using Words = __m256i;
   return _mm256_add_epi32(sums, products(x, y));
 #endif
 }
-[[nodiscard]] inline Lanes to_lanes(Words sums) noexcept { return _mm256_cvtepi32_ps(sums); }
 
 inline void store_rounded_lanes(Lanes low, Lanes high, std::int16_t* to) noexcept {
   const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));  // by halves of both
@@ -89,6 +87,10 @@ inline void store_rounded_lanes(Lanes low, Lanes high, std::int16_t* to) noexcep
 }
 
 #endif
+
+[[nodiscard]] inline Lanes to_lanes(Words sums) noexcept {
+  return __builtin_convertvector(reinterpret_cast<IntLanes>(sums), Lanes);
+}
 
 /// x, of which compilers know nothing: see lanes.hpp.
 [[nodiscard]] inline Words in_register(Words x) noexcept {
