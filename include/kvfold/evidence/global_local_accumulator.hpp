@@ -103,29 +103,27 @@ class GlobalLocalAccumulator {
     const Index from_chunk = leaving - from_ring;
     const Index oldest = observed_ - held;
     const auto weight = static_cast<float>(options_.query_stride);
-    const auto from = detail::sampled(0, from_chunk, observed_, options_.query_stride);
-    Index taken = from.count;
-    for_ring(oldest, from_ring, [&](const detail::QuerySegment& ring, Index sequence) {
-      taken += detail::sampled(0, ring.range.count, sequence, options_.query_stride).count;
+    detail::QuerySegment all[kMostPieces + 1];  // queries that leave the window: every s-th of them
+    std::size_t count = 0;
+    for_ring(oldest, from_ring, [&](detail::QuerySegment ring, Index sequence) {
+      ring.range = detail::sampled(0, ring.range.count, sequence, options_.query_stride);
+      all[count++] = ring;
     });
+    all[count++] = detail::QuerySegment::of(queries, detail::sampled(0, from_chunk, observed_, options_.query_stride));
+    const std::span<const detail::QuerySegment> segments(all, count);
+    Index taken = 0;
+    for (const detail::QuerySegment& segment : segments) taken += segment.range.count;
+    // All in one go, unless the engine has begun or ended to give log-sum-exps.
+    const std::size_t step = have_alike_sums(segments) ? count : 1;
 
     const detail::LaneSums others = scratch.lanes_for(shape_, taken);
     const auto add_taken = [&](Index h, detail::Lane lane, Index worker) noexcept -> Status {
       std::span<float> sums = scratch.sums_of(h, columns() * static_cast<Index>(view.size(h)));
       if (lane.index == 0) std::fill(sums.begin(), sums.end(), 0.f);
       sums = others.begin(h, lane.index, sums);
-      detail::QuerySegment segments[kMostPieces + 1];
-      std::size_t count = 0;
-      for_ring(oldest, from_ring, [&](detail::QuerySegment ring, Index sequence) {
-        ring.range = detail::sampled(0, ring.range.count, sequence, options_.query_stride);
-        segments[count++] = ring;
-      });
-      segments[count++] = detail::QuerySegment::of(queries, from);
-      // All in one go, unless the engine has begun or ended to give log-sum-exps.
-      const std::size_t step = have_alike_sums(std::span(segments, count)) ? count : 1;
       Status status;
       for (std::size_t k = 0; k < count && status.ok(); k += step) {
-        status = detail::ColumnAccumulator(view, h, std::span(segments).subspan(k, step), weight,
+        status = detail::ColumnAccumulator(view, h, segments.subspan(k, step), weight,
                                            scratch.columns[detail::at(worker)], sums, columns(), lane)
                      .run();
       }
@@ -154,11 +152,9 @@ class GlobalLocalAccumulator {
       const std::span<float> sums = scratch.sums_of(h, columns() * rows);
       if (taken > 0) others.join(h, sums);
       for (Index c = 0; taken > 0 && c < columns(); ++c) detail::add(global(h, c), sums.data() + c * rows, rows);
-      for_ring(oldest, from_ring, [&](const detail::QuerySegment& ring, Index sequence) {
-        const auto range = detail::sampled(0, ring.range.count, sequence, options_.query_stride);
-        detail::mark_last_seen(view, h, ring.queries, range, weight, marks(h));
-      });
-      detail::mark_last_seen(view, h, queries, from, weight, marks(h));
+      for (const detail::QuerySegment& segment : segments) {
+        detail::mark_last_seen(view, h, segment.queries, segment.range, weight, marks(h));
+      }
       state_.rows[detail::at(h)] = rows;
     };
     executor.run(shape_.kv_heads, commit);
