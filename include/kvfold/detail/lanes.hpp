@@ -56,6 +56,8 @@ template <Cache kTo = Cache::kFirst>
 inline void fetch_line(const void* from, Index offset) noexcept {
   const auto address = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset);
   __builtin_prefetch(reinterpret_cast<const void*>(address), 0, kTo == Cache::kFirst ? 3 : 2);
+  // g++ takes functions that do nothing but prefetch for ones without effects, and drops calls of them.
+  asm volatile("");
 }
 
 /// The larger and the smaller of each two, x where they do not compare. g++ does not find the instructions for this.
