@@ -51,23 +51,32 @@ inline constexpr Index kQueryTile = 64;
   for (Index i = 0; i < n; ++i) count += x[i] > least ? 1 : 0;
   return count;
 }
+/// Of each set of four places, as bits: those in it, in order, and how many there are.
+struct PlacesOfFour {
+  RowId places[16][4] = {};
+  RowId count[16] = {};
+  constexpr PlacesOfFour() noexcept {
+    for (int set = 0; set < 16; ++set) {
+      for (RowId place = 0; place < 4; ++place) {
+        if ((set >> place & 1) != 0) places[set][count[set]++] = place;
+      }
+    }
+  }
+};
+inline constexpr PlacesOfFour kPlacesOfFour;
 /// How many places `places_above` may write beyond those that it finds.
 inline constexpr Index kPlacesBeyond = 4;
-/// Where they are. Places are taken four at a time, found or not, since nobody can foresee how many there are.
+/// Where they are. Four places are written at a time, found or not, since nobody can foresee how many there are.
 /// \param places has room for n + kPlacesBeyond
 inline void places_above(const float* x, Index n, float least, RowId* places) noexcept {
   for (Index i = 0; i < n; i += kLanes) {
     const Lanes some = load_first_lanes(x + i, std::min(kLanes, n - i), least);
-    std::uint32_t above = lanes_above(some, Lanes{} + least);
-    RowId* const end = places + std::popcount(above);
-    do {
-      for (Index k = 0; k < kPlacesBeyond; ++k) {
-        places[k] = static_cast<RowId>(i) + std::countr_zero(above);
-        above &= above - 1;
-      }
-      places += kPlacesBeyond;
-    } while (above != 0);
-    places = end;
+    const std::uint32_t above = lanes_above(some, Lanes{} + least);
+    for (Index j = 0; j < kLanes; j += 4) {
+      const std::uint32_t set = above >> j & 15u;
+      for (Index k = 0; k < 4; ++k) places[k] = static_cast<RowId>(i + j) + kPlacesOfFour.places[set][k];
+      places += kPlacesOfFour.count[set];
+    }
   }
 }
 
