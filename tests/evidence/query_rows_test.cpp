@@ -87,6 +87,21 @@ TEST(QueryRows, WithTheirLogSumExpsAreReadInOnePass) {
   EXPECT_TRUE(close_to(run_score(TovaScorer{}, cache, queries), tova_oracle(cache, queries)));
 }
 
+TEST(QueryRows, MayHaveLogitsThatGrowOrFallByMuch) {
+  const LayerShape shape{2, 2, 16, 4};
+  const OwnedQueries owned = make_queries(shape, 500, 500);
+  for (const float step : {-50.f, -5.f, 5.f, 30.f, 50.f}) {
+    auto slope = make_cache(shape, 500), spike = make_cache(shape, 500);
+    for (Index t = 0; t < 500; ++t) slope.write_log_mass(1, t, step * static_cast<float>(t / 90));
+    spike.write_log_mass(1, 321, 4.f * step);
+    spike.write_log_mass(1, 322, 4.f * step - 3.f);
+    for (const auto* cache : {&slope, &spike}) {
+      const auto wanted = h2o_oracle(*cache, owned.view(), {});
+      EXPECT_TRUE(close_to(run_score(H2oScorer{}, *cache, owned.view()), wanted, 3e-5)) << step;
+    }
+  }
+}
+
 // --- What is refused -------------------------------------------------------------------------------------------
 
 struct Call {
@@ -170,16 +185,18 @@ const Refusal kRefusals[] = {
 INSTANTIATE_TEST_SUITE_P(With, QueryRowsAreRefused, testing::ValuesIn(kRefusals), testing::PrintToStringParamName());
 
 TEST(QueryRows, WhoseLogitsOverflowAreRefused) {
-  auto cache = make_cache({1, 2, 2, 2}, 3);
-  cache.write_key(0, 1, std::vector<float>{3e38f, 3e38f});
-  OwnedQueries owned{{0.f, 0.f, 3e38f, 3e38f}, {2}, 2, 2};  // the first query head gives logits of 0
-  for_all_scorers(cache, owned.view(), [](const char* name, const Scored& s) {
-    EXPECT_TRUE(says(s.status, StatusCode::not_finite, "keys")) << name;
-  });
-  cache.write_key(0, 1, std::vector<float>{3e38f, -3e38f});  // infinity - infinity
-  for_all_scorers(cache, owned.view(), [](const char* name, const Scored& s) {
-    EXPECT_TRUE(says(s.status, StatusCode::not_finite, "keys")) << name;
-  });
+  for (const Index rows : {3, 300}) {
+    auto cache = make_cache({1, 2, 2, 2}, rows);
+    cache.write_key(0, rows - 2, std::vector<float>{3e38f, 3e38f});
+    OwnedQueries owned{{0.f, 0.f, 3e38f, 3e38f}, {rows - 1}, 2, 2};  // the first query head gives logits of 0
+    for_all_scorers(cache, owned.view(), [](const char* name, const Scored& s) {
+      EXPECT_TRUE(says(s.status, StatusCode::not_finite, "keys")) << name;
+    });
+    cache.write_key(0, rows - 2, std::vector<float>{3e38f, -3e38f});  // infinity - infinity
+    for_all_scorers(cache, owned.view(), [](const char* name, const Scored& s) {
+      EXPECT_TRUE(says(s.status, StatusCode::not_finite, "keys")) << name;
+    });
+  }
 }
 
 TEST(QueryRows, AreRefusedForTheFirstBadHeadWhateverTheExecutor) {

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstdint>
 
 #include "kvfold/detail/arena.hpp"
 #include "kvfold/detail/extent.hpp"
@@ -85,11 +87,11 @@ struct LaneSums {
 
 /// Scratch of one worker for a `ColumnAccumulator`.
 struct ColumnScratch {
-  std::span<float> queries;   // [kQueryTile][D]
-  std::span<float> panels;    // [kQueryTile / kPanelWidth][D][kPanelWidth] the same
-  std::span<float> keys;      // [kPanelKeys][D]
-  std::span<float> weights;   // [tiles, or 1 where log-sum-exps are given][kPanelTile][kQueryTile]
-  std::span<float> tile_max;  // [tiles][kQueryTile]
+  std::span<float> queries;  // [kQueryTile][D]
+  std::span<float> panels;   // [kQueryTile / kPanelWidth][D][kPanelWidth] the same
+  std::span<float> keys;     // [kPanelKeys][D]
+  std::span<float> weights;  // [tiles, or 1 where log-sum-exps are given][kPanelTile][kQueryTile]
+  std::span<float> shifts;   // [tiles][kQueryTile]
 
   static ColumnScratch take(Arena& arena, Index dim, Index rows, bool one_pass) noexcept {
     const Index tiles = (rows + kPanelTile - 1) / kPanelTile;
@@ -98,14 +100,14 @@ struct ColumnScratch {
     s.panels = arena.take<float>(kQueryTile, dim);
     s.keys = arena.take<float>(kPanelKeys, dim);
     s.weights = arena.take<float>(one_pass ? 1 : tiles, kPanelTile, kQueryTile);
-    s.tile_max = arena.take<float>(one_pass ? 0 : tiles, kQueryTile);
+    s.shifts = arena.take<float>(one_pass ? 0 : tiles, kQueryTile);
     return s;
   }
 };
 
 /// Adds the attention of some queries to column sums of KV head h.
 ///
-/// For a query row, the softmax over its visible rows is accumulated tile by tile with the tile's own maximum, and
+/// For a query row, the softmax over its visible rows is accumulated tile by tile, exp(logit - a shift of the tile), and
 /// corrected by one factor per tile when the row's log-sum-exp is known: one product and one exp per weight.
 ///
 /// Where each of them has its log-sum-exp, it is one pass, else two over weights that are kept meanwhile.
@@ -212,31 +214,47 @@ class ColumnAccumulator {
   }
 
   [[nodiscard]] float* weight_tile(Index t) const noexcept { return s_.weights.data() + t * columns_of_tile_; }
+  [[nodiscard]] float* shifts(Index t) const noexcept { return s_.shifts.data() + t / kPanelTile * kQueryTile; }
 
+  /// Logits of a tile to weights, exp(logit - shift of the column), and their sums.
+  /// \returns whether the sums are numbers far from where fp32 ends
+  [[nodiscard]] bool weigh(Index n, const float* shift, float* tile, float* sums) const noexcept {
+    constexpr auto kMost = std::bit_cast<std::uint32_t>(1e18f);  // NaN and infinity have more, as bits
+    for (Index c = 0; c < columns_of_tile_; c += kLanes) {
+      store_lanes(exp_columns(tile + c, columns_of_tile_, n, load_lanes(shift + c)), sums + c);
+    }
+    std::uint32_t most = 0;
+    for (Index r = 0; r < count_; ++r) most = std::max(most, std::bit_cast<std::uint32_t>(sums[r]));
+    return most < kMost;
+  }
+
+  /// Any shift serves that keeps weights in the range of fp32: that of the tile before, mostly, and where it does not, the
+  /// largest logits. That spares looking for them in all tiles.
   Status two_step() noexcept {
-    float tile_sum[kQueryTile] = {}, row_max[kQueryTile] = {};
-    std::fill_n(row_max, count_, kNoMax);
+    float tile_sum[kQueryTile] = {}, row_shift[kQueryTile] = {};
+    std::fill_n(row_shift, count_, kNoMax);
     std::fill_n(row_sum_, count_, 0.f);
     for (Index t = 0; t < most_visible_; t += kPanelTile) {
       const Index n = rows_of_tile(t);
-      float* tile = weight_tile(t);
-      float* tile_max = s_.tile_max.data() + t / kPanelTile * kQueryTile;
+      float *tile = weight_tile(t), *shift = shifts(t);
       if (Status bad = logits(t, n, tile); !bad.ok()) return bad;
-      for (Index c = 0; c < columns_of_tile_; c += kLanes) {
-        const Lanes most = max_of_columns(tile + c, columns_of_tile_, n);
-        store_lanes(most, tile_max + c);
-        store_lanes(exp_columns(tile + c, columns_of_tile_, n, most), tile_sum + c);
+      if (t > 0) std::copy_n(shifts(t - kPanelTile), columns_of_tile_, shift);
+      if (t == 0 || !weigh(n, shift, tile, tile_sum)) {
+        if (t > 0) static_cast<void>(logits(t, n, tile));  // again
+        for (Index c = 0; c < columns_of_tile_; c += kLanes) {
+          store_lanes(max_of_columns(tile + c, columns_of_tile_, n), shift + c);
+        }
+        if (!all_finite(shift, count_) || !weigh(n, shift, tile, tile_sum)) {
+          return {StatusCode::not_finite, "keys", "a logit overflows", h_, t};
+        }
       }
-      if (!all_finite(tile_max, count_) || !all_finite(tile_sum, count_)) {
-        return {StatusCode::not_finite, "keys", "a logit overflows", h_, t};
-      }
-      join_softmax(tile_max, tile_sum, count_, row_max, row_sum_);
+      join_softmax(shift, tile_sum, count_, row_shift, row_sum_);
     }
     float row_scale[kQueryTile] = {};
     for (Index r = 0; r < count_; ++r) row_scale[r] = row_sum_[r] > 0.f ? row_weight() / row_sum_[r] : 0.f;
-    for (Index t = 0; t < most_visible_; t += kPanelTile) {
-      const float* tile_max = s_.tile_max.data() + t / kPanelTile * kQueryTile;
-      exp_factors(tile_max, row_max, row_scale, count_, factor_);
+    const Index tiles = (most_visible_ + kPanelTile - 1) / kPanelTile;
+    for (Index t = (tiles - 1) * kPanelTile; t >= 0; t -= kPanelTile) {  // the last ones are still in the caches
+      exp_factors(shifts(t), row_shift, row_scale, count_, factor_);
       add_tile(t, rows_of_tile(t), weight_tile(t));
     }
     return {};

@@ -53,8 +53,8 @@ inline float exp_shifted(float* x, Index n, float shift) noexcept {
   return sum_of_lanes(sums);
 }
 
-/// What is known of n softmax rows: maxima so far, and sums of exp(logit - maximum). Rows of which nothing is known
-/// have a maximum of `kNoMax` and a sum of 0.
+/// What is known of n softmax rows: maxima so far, or what is as near to them as fp32 needs, and sums of exp(logit -
+/// maximum). Rows of which nothing is known have a maximum of `kNoMax` and a sum of 0.
 inline constexpr float kNoMax = std::numeric_limits<float>::lowest();
 
 /// Takes the maxima and sums of one more tile in.
