@@ -130,13 +130,19 @@ void multiply_block(const float* a, BlockStrides of_a, const float* b, Index b_s
 /// Harmless where nothing is.
 struct Ahead {
   const void* address = nullptr;
-  Index row_bytes = 0, stride = 0, rows = 0;
+  Index row_bytes = 0, stride = 0, rows = 0;  ///< rows that are left
+  Index row = 0, in_row = 0;                  ///< bytes to the row, and in it
 
-  /// Parts i to i + count of n: a little at a time, since what is asked for all at once is waited for.
-  void fetch(Index i, Index n, Index count = 1) const noexcept {
-    const Index in_row = (row_bytes + kCacheLine - 1) / kCacheLine, lines = in_row * rows;
-    for (Index line = lines * i / n; line < lines * (i + count) / n; ++line) {
-      fetch_line(address, line / in_row * stride + line % in_row * kCacheLine);
+  [[nodiscard]] Index lines() const noexcept { return (row_bytes + kCacheLine - 1) / kCacheLine * rows; }
+  /// The next few lines: what is asked for all at once is waited for.
+  void fetch(Index count) noexcept {
+    for (; count > 0 && rows > 0; --count) {
+      fetch_line(address, row + in_row);
+      in_row += kCacheLine;
+      if (in_row < row_bytes) continue;
+      in_row = 0;
+      row += stride;
+      --rows;
     }
   }
 };
@@ -146,13 +152,14 @@ struct Ahead {
 /// A few rows at a time, which stay in the first cache with one of the panels.
 inline void multiply_panels(const float* rows, Index row_stride, Index n, const float* panels, Index m, Index depth,
                             float* c, Index c_stride, Ahead ahead = {}) noexcept {
-  const Index steps = panel_rows(m) / kPanelWidth * n;
+  const Index groups = panel_rows(m) / kPanelWidth * ((n + kPanelHeight - 1) / kPanelHeight);
+  const Index lines = (ahead.lines() + groups - 1) / std::max<Index>(groups, 1);
   for (Index j = 0; j < m; j += kPanelWidth) {
     for (Index first = 0; first < depth; first += kPanelDepth) {
       const float* panel = panels + j * depth + first * kPanelWidth;
       const Index part = std::min(kPanelDepth, depth - first);
       for_groups_of_rows<kPanelHeight>(n, [&](Index i, auto height) {
-        if (first == 0) ahead.fetch(j / kPanelWidth * n + i, steps, height());
+        if (first == 0) ahead.fetch(lines);
         const float* from = rows + i * row_stride + first;
         float* to = c + i * c_stride + j;
         if (m - j > kLanes) {

@@ -13,7 +13,7 @@
 
 namespace kvfold::detail {
 
-/// exp(x), to 1.5e-7 of it. Below -87.7 it is 0, above 88 exp(88), which is finite; NaN is NaN. The same lane by lane: a
+/// exp(x), to 1e-7 of it. Below -87.7 it is 0, above 88 exp(88), which is finite; NaN is NaN. The same lane by lane: a
 /// number's exp does not depend on where it lies, as Eigen's does, whose loops end with another exp.
 ///
 /// exp(x) = 2^n * exp(r) with |r| <= ln(2) / 2, and exp(r) = 1 + r + r^2 * q(r) for the q of degree 4 with the smallest
@@ -32,7 +32,7 @@ namespace kvfold::detail {
   q = q * r + 0x1.5558f2p-5f;
   q = q * r + 0x1.555492p-3f;
   q = q * r + 0x1.fffffcp-2f;
-  const Lanes exp_r = q * (r * r) + (r + 1.f);
+  const Lanes exp_r = (q * r + 1.f) * r + 1.f;
   return exp_r * std::bit_cast<Lanes>(std::bit_cast<Integers>(biased) << kMantissaBits);
 }
 

@@ -43,7 +43,12 @@ inline void widen_16_bytes(__m128i bytes, __m256 scale, float* to) noexcept {
 inline Index load_wide_f16(const void* from, Index n, float* to) noexcept {
   const auto* bytes = static_cast<const unsigned char*>(from);
   const Index whole = n - n % 8;
-  for (Index i = 0; i < whole; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(load_16_bytes(bytes + 2 * i)));
+  const auto load = [&](Index i) { _mm256_storeu_ps(to + i, _mm256_cvtph_ps(load_16_bytes(bytes + 2 * i))); };
+  Index i = 0;
+  for (; i + 32 <= whole; i += 32) {
+    for (const Index j : {0, 8, 16, 24}) load(i + j);
+  }
+  for (; i < whole; i += 8) load(i);
   return whole;
 }
 

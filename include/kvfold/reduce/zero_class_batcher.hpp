@@ -112,7 +112,7 @@ class ZeroClassBatcher {
 
  private:
   static constexpr Index kPiece = detail::kQueryTile;  // candidates of one product
-  static constexpr Index kMostPieces = 4;              // of a tile: what of the centres is loaded serves them all
+  static constexpr Index kMostPieces = 8;              // of a tile: what of the centres is loaded serves them all
   static constexpr Index kTasks = 16;                  // tiles of a layer that are better than large ones
   static constexpr Index kCentreTile = detail::kKeyTile;
   static_assert(kCentreTile % detail::kPanelWidth == 0);
