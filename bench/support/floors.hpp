@@ -77,7 +77,7 @@ class Floor {
 
  private:
   using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-  static constexpr std::size_t kBytes = std::size_t{64} << 20;  // more than caches hold
+  static constexpr std::size_t kBytes = std::size_t{64} << 20;  // more than a core's own caches hold
   static constexpr double kSampleSeconds = 3e-3;
 
   struct Operands {
