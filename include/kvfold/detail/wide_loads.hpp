@@ -45,7 +45,7 @@ inline Index load_wide_f16(const void* from, Index n, float* to) noexcept {
   const Index whole = n - n % 8;
   const auto load = [&](Index i) { _mm256_storeu_ps(to + i, _mm256_cvtph_ps(load_16_bytes(bytes + 2 * i))); };
   Index i = 0;
-  for (; i + 32 <= whole; i += 32) {
+  for (; i + 32 <= whole; i += 32) {  // four at a time: a loop's own instructions are as many as a conversion's
     for (const Index j : {0, 8, 16, 24}) load(i + j);
   }
   for (; i < whole; i += 8) load(i);
