@@ -128,11 +128,10 @@ TYPED_TEST(FewBlockRows, DotsAreThoseOfRoundedRowsAndNothingElseIsWritten) {
           const Rounded a(normals(m * width, random), m, width);
           const Index stride = n + 3;
           std::vector<float> got(at(m * stride), 77.f);
-          const Taken<detail::BlockSpace> space(width);
-          detail::few_dots(a.rows, m, together(b.blocks, width / kBlockSize), space.value, got.data(), stride);
+          detail::few_dots(a.rows, m, together(b.blocks, width / kBlockSize), got.data(), stride);
           std::vector<float> same(at(m * stride), 77.f);
           const Anywhere<TypeParam> anywhere(b.blocks, width / kBlockSize);
-          detail::few_dots(a.rows, m, anywhere.rows(), space.value, same.data(), stride);
+          detail::few_dots(a.rows, m, anywhere.rows(), same.data(), stride);
           ASSERT_EQ(same, got);
           for (Index i = 0; i < m; ++i) {
             for (Index j = 0; j < stride; ++j) {
@@ -175,11 +174,10 @@ constexpr float kMostOf = std::same_as<Block, BlockQ8_0> ? 128.f : 8.f;
 
 TYPED_TEST(FewBlockRows, DotsOfTheLargestNumbersAreExact) {
   if constexpr (detail::kAreIntegers<TypeParam>) {
-    const Taken<detail::BlockSpace> space(Index{64});
     for (const Index m : {1, 4}) {
       const Rounded a(std::vector<float>(at(m * 64), -32767.f), m, 64);  // a unit of 1
       std::vector<float> got(at(m));
-      detail::few_dots(a.rows, m, together(largest_blocks<TypeParam>(2, 1.f), 2), space.value, got.data(), 1);
+      detail::few_dots(a.rows, m, together(largest_blocks<TypeParam>(2, 1.f), 2), got.data(), 1);
       for (const float x : got) EXPECT_EQ(x, 32767.f * kMostOf<TypeParam> * 64.f);
     }
   }

@@ -207,7 +207,7 @@ class AttendBlock {
       const auto stored = [&](Index row, Index rows) { return view_.stored_keys(h_, row, rows); };
       const auto dots = [&](const auto& keys, bool scaled) {
         if constexpr (kAreIntegers<Key>) {
-          few_dots(s_.rounded, count_, keys, s_.blocks, s_.weights.data(), tile_);
+          few_dots(s_.rounded, count_, keys, s_.weights.data(), tile_);
         } else {
           few_dots(s_.queries.data(), width, count_, keys, width, s_.weights.data(), tile_);
         }
@@ -228,7 +228,6 @@ class AttendBlock {
     if constexpr (kInRegisters<Value>) {
       const auto stored = [&](Index row, Index rows) { return view_.stored_values(h_, row, rows); };
       const auto add = [&](const auto& values, bool scaled) {
-        values.fetch_first();  // memory has something to do while weights are made
         set_weights(t, n);
         scale_columns<Value>(n, scaled);
         if constexpr (kAreIntegers<Value>) {

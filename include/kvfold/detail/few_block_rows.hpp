@@ -39,15 +39,16 @@ struct Largest {
   }
 };
 
-/// Rows rounded to 16 bits: element d of row i is `unit[i] * value[place(i, d)]`, to 2^-16 of the largest of the row.
+/// Rows rounded to 16 bits: element d of row i is `unit[i] * value[place(i, d)]`, to 2^-16 of the largest of the row. Each is
+/// there four times, as `WordsOfBlocks` wants it.
 struct RoundedRows {
-  std::span<std::int16_t> value;  // [rows / kMostFewRows][k / kBlockSize][kMostFewRows][kBlockSize]
+  std::span<std::int16_t> value;  // [rows / kMostFewRows][k / kBlockSize][kMostFewRows][4 * kBlockSize]
   std::span<float> unit;          // [rows]
   Index k = 0;                    // a multiple of kBlockSize where rows are set
 
   static RoundedRows take(Arena& arena, Index rows, Index k) noexcept {
     RoundedRows r;
-    r.value = arena.take<std::int16_t>((rows + kMostFewRows - 1) / kMostFewRows * kMostFewRows, k);
+    r.value = arena.take<std::int16_t>((rows + kMostFewRows - 1) / kMostFewRows * kMostFewRows, k, kRowsOfWords);
     r.unit = arena.take<float>(rows);
     r.k = k;
     return r;
@@ -56,15 +57,18 @@ struct RoundedRows {
   /// A block's elements of the rows that are worked on together lie together.
   [[nodiscard]] constexpr Index place(Index i, Index d) const noexcept {
     const Index in_group = i % kMostFewRows;
-    return (i - in_group) * k + (d / kBlockSize * kMostFewRows + in_group) * kBlockSize + d % kBlockSize;
+    return kRowsOfWords * ((i - in_group) * k + (d / kBlockSize * kMostFewRows + in_group) * kBlockSize) +
+           place_of_word(d % kBlockSize);
   }
 
   void set(Index i, const float* row) const noexcept {
     const Largest largest(row, k);
     const float factor = kMostUnits * largest.inverse;
     for (Index d = 0; d < k; d += 2 * kLanes) {
+      std::int16_t words[2 * kLanes];
       const auto scaled = [&](Index e) { return load_lanes(row + e) * factor; };
-      store_rounded_lanes(scaled(d), scaled(d + kLanes), value.data() + place(i, d));
+      store_rounded_lanes(scaled(d), scaled(d + kLanes), words);
+      spread_words(words, value.data() + place(i, d));
     }
     unit[static_cast<std::size_t>(i)] = largest.magnitude / kMostUnits;
   }
@@ -107,99 +111,44 @@ struct BlockSpace {
 
 /// `few_dots` for kRows rows of a, from row `row` on, and up to kRoundedDepth rows of b.
 template <Index kRows, class Rows>
-class FewBlockDots {
-  static constexpr Index kColumns = kFewColumns<kRows>;
-  static constexpr Index kBytes = bytes_of<typename Rows::Unit>(kColumns * kBlockSize);
-
- public:
-  /// Whether sums over lanes are made at the end of a row, of floats, with scales that are read before; else for each
-  /// block, of integers. The first has fewer shuffles, and more to do for a scale, which pays where rows of a share it.
-  static constexpr bool kScalesFirst = kRows > 2 || kLanes > 8;
-
-  FewBlockDots(const RoundedRows& a, Index row, const Rows& b, const BlockSpace& space) noexcept
-      : b_(b), value_(a.value.data() + a.place(row, 0)), space_(space), blocks_(a.k / kBlockSize) {
-    for (Index i = 0; i < kRows; ++i) {
-      std::fill_n(unit_ + i * kColumns, kColumns, a.unit[static_cast<std::size_t>(row + i)]);
-    }
+void few_dots_of(const RoundedRows& a, Index row, const Rows& b, float* c, Index c_stride) noexcept {
+  constexpr Index kBytes = bytes_of<typename Rows::Unit>(kRowsOfWords * kBlockSize);
+  float unit[kMostFewRows * kRowsOfWords] = {};
+  for (Index i = 0; i < kRows; ++i) {
+    std::fill_n(unit + i * kRowsOfWords, kRowsOfWords, a.unit[static_cast<std::size_t>(row + i)]);
   }
-
-  void set(float* c, Index c_stride) const noexcept {
-    typename Rows::Ahead next(b_, 0);
-    for_columns<kColumns>(b_, [&](const auto& rows, Index first, auto count) {
-      Lanes sums;
-      if constexpr (kScalesFirst) {
-        sums = sums_of_lanes(rows, first, next);
-      } else {
-        sums = sums_of_blocks(rows, next);
-      }
-      float out[kLanes];
-      store_lanes(sums * load_lanes(unit_), out);
-      for (Index i = 0; i < kRows; ++i) {
-        for (Index j = 0; j < count; ++j) c[i * c_stride + first + j] = out[i * kColumns + j];
-      }
-    });
-  }
-
- private:
-  template <class Columns>
-  [[gnu::always_inline]] Lanes sums_of_lanes(const Columns& rows, Index first,
-                                             typename Rows::Ahead& next) const noexcept {
-    const std::int16_t* value = value_;
-    const float* scale = space_.scales_of(0) + first;
-    Lanes sums[kLanes];
+  typename Rows::Ahead next(b, 0);
+  for_columns<kRowsOfWords>(b, [&](const auto& rows, Index first, auto count) {
+    const std::int16_t* value = a.value.data() + a.place(row, 0);
+    Lanes sums[kMostFewRows];
     clear(sums);
-    for (Index u = 0; u < blocks_; ++u, value += kMostFewRows * kBlockSize, scale += kRoundedDepth) {
+    for (Index u = 0; u < a.k / kBlockSize; ++u, value += kMostFewRows * kSpreadBlock) {
       next.template fetch<kBytes>();
+      const typename Rows::Unit* const blocks[] = {rows[0] + u, rows[1] + u, rows[2] + u, rows[3] + u};
+      const WordsOfBlocks words(blocks);
       for (Index i = 0; i < kRows; ++i) {
-        const WideWords x(value + i * kBlockSize);
-        for (Index j = 0; j < kColumns; ++j) {
-          const auto products = __builtin_convertvector(dots(x, WideWords(rows[j][u])), Lanes);
-          sums[i * kColumns + j] = products * scale[j] + sums[i * kColumns + j];
-        }
+        const IntLanes dots = words.dots(value + i * kSpreadBlock);
+        sums[i] = in_register(__builtin_convertvector(dots, Lanes) * words.scales() + sums[i]);
       }
     }
-    return sums_of_each(sums);
-  }
-
-  template <class Columns>
-  [[gnu::always_inline]] Lanes sums_of_blocks(const Columns& rows, typename Rows::Ahead& next) const noexcept {
-    const std::int16_t* value = value_;
-    Lanes total{};
-    for (Index u = 0; u < blocks_; ++u, value += kMostFewRows * kBlockSize) {
-      next.template fetch<kBytes>();
-      IntLanes sums[kLanes];
-      clear(sums);
-      for (Index i = 0; i < kRows; ++i) {
-        WideWords x(value + i * kBlockSize);
-        x.keep_in_registers();
-        for (Index j = 0; j < kColumns; ++j) sums[i * kColumns + j] = dots(x, WideWords(rows[j][u]));
-      }
-      const Lanes scale = gather_f16_lanes([&](Index i) { return &rows[i % kColumns][u].scale; });
-      total = __builtin_convertvector(sums_of_each(sums), Lanes) * scale + total;
+    float out[kMostFewRows * kRowsOfWords];
+    for (Index i = 0; i < kMostFewRows; i += kLanes / kRowsOfWords) {
+      store_lanes(sums_of_rows(sums + i) * load_lanes(unit + i * kRowsOfWords), out + i * kRowsOfWords);
     }
-    return total;
-  }
-
-  const Rows& b_;
-  const std::int16_t* value_;
-  const BlockSpace& space_;
-  Index blocks_;
-  float unit_[kLanes] = {};
-};
+    for (Index i = 0; i < kRows; ++i) {
+      for (Index j = 0; j < count; ++j) c[i * c_stride + first + j] = out[i * kRowsOfWords + j];
+    }
+  });
+}
 
 /// c = a * b^T for a [m][k], rows b of k numbers and c [m][rows of b] with a row stride.
 template <class Rows>
   requires kAreIntegers<typename Rows::Unit>
-void few_dots(const RoundedRows& a, Index m, const Rows& b, const BlockSpace& space, float* c,
-              Index c_stride) noexcept {
+void few_dots(const RoundedRows& a, Index m, const Rows& b, float* c, Index c_stride) noexcept {
   for (Index first = 0; first < b.count; first += kRoundedDepth) {
     const Rows some = b.part(first, kRoundedDepth);
-    bool scales_are_read = false;
-    for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
-      using Dots = FewBlockDots<rows(), Rows>;
-      if (Dots::kScalesFirst && !std::exchange(scales_are_read, true)) space.read_scales(some, a.k / kBlockSize);
-      Dots(a, i, some, space).set(c + i * c_stride + first, c_stride);
-    });
+    for_groups_of_rows<kMostFewRows>(
+        m, [&](Index i, auto rows) { few_dots_of<rows()>(a, i, some, c + i * c_stride + first, c_stride); });
   }
 }
 
@@ -219,7 +168,8 @@ void add_block(const std::int16_t* factors, const float* unit, const Rows& b, In
   using E = typename Rows::Unit;
   typename Rows::Ahead ahead = next;                                                                    // in registers
   constexpr Index kPart = 2 * kLanes, kParts = std::min<Index>(kRows > 2 ? 1 : 2, kBlockSize / kPart);  // in registers
-  constexpr Index kBytes = bytes_of<E>(2 * kBlockSize);                                                 // of two rows
+  constexpr Index kBytes =
+      bytes_of<E>(2 * kBlockSize) * kParts * kPart / kBlockSize;  // of two rows, as often as they are read
   for (Index d = 0; d < kBlockSize; d += kParts * kPart) {
     SumsOfRows sums[kMostFewRows][2];
     typename Rows::Walk walk(b, block);
@@ -231,7 +181,7 @@ void add_block(const std::int16_t* factors, const float* unit, const Rows& b, In
     };
     Index j = 0;
     for (; j + 1 < b.count; j += 2) {
-      if (d == 0) ahead.template fetch<kBytes>();
+      ahead.template fetch<kBytes>();
       const E* one = walk.next();
       add(*one, *walk.next(), j);
     }

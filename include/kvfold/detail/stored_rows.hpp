@@ -20,6 +20,9 @@ template <Stored E>
 inline constexpr Index kFarAhead = kInBlocks<E> ? 16384 : 8192;
 /// The same for the first cache, of rows in blocks: the scales of many rows are read before the rest, which would wait.
 inline constexpr Index kNearAhead = 8192;
+/// The bytes after those that are looked up together, one line of each page: page tables are walked side by side then, and
+/// arithmetic waits for them once instead of at each page.
+inline constexpr Index kPageBytes = 4096, kLookedUp = 8 * kPageBytes;
 /// Of how many rows at most, where each has an address of its own.
 inline constexpr Index kMostAhead = 128;
 
@@ -57,7 +60,6 @@ struct RowsTogether {
   void fetch_after(Index i, Index first) const noexcept {
     fetch<Cache::kSecond, kBytes>(row(i) + first, kFarAhead<E>);
   }
-  void fetch_first() const noexcept { fetch<Cache::kSecond, kFarAhead<E>>(data, 0); }
 
   /// Asks for rows, a little at a time: what is asked for all at once is waited for.
   class Ahead {
@@ -67,14 +69,32 @@ struct RowsTogether {
 
     template <Index kBytes>
     void fetch() noexcept {
-      detail::fetch<Cache::kSecond, kBytes>(from_, done_ + kFarAhead<E>);
-      if constexpr (kInBlocks<E>) detail::fetch<Cache::kFirst, kBytes>(from_, done_ + kNearAhead);
-      done_ += kBytes;
+      for (Index i = 0; i < kBytes / kCacheLine; ++i) fetch_next();
+      if constexpr (kBytes % kCacheLine > 0) {
+        rest_ += kBytes % kCacheLine;
+        if (rest_ >= kCacheLine) {
+          rest_ -= kCacheLine;
+          fetch_next();
+        }
+      }
     }
 
    private:
+    void fetch_next() noexcept {
+      const auto address = reinterpret_cast<std::uintptr_t>(from_) + static_cast<std::uintptr_t>(line_);
+      if (address % kLookedUp < kCacheLine) {
+        // Of each page another line: caches have the same places for lines 4096 bytes apart.
+        for (Index i = 0; i < kLookedUp; i += kPageBytes + kCacheLine) {
+          fetch_line<Cache::kSecond>(from_, line_ + kLookedUp + i);
+        }
+      }
+      fetch_line<Cache::kSecond>(from_, line_ + kFarAhead<E>);
+      if constexpr (kInBlocks<E>) fetch_line<Cache::kFirst>(from_, line_ + kNearAhead);
+      line_ += kCacheLine;
+    }
+
     const E* from_;
-    Index done_ = 0;
+    Index line_ = 0, rest_ = 0;
   };
 };
 
@@ -102,11 +122,6 @@ struct RowsAnywhere {
   template <Index kBytes>
   void fetch_after(Index i, Index first) const noexcept {
     fetch<Cache::kSecond, kBytes>(to[i + ahead] + first, 0);
-  }
-  void fetch_first() const noexcept {
-    for (Index j = 0; j < std::min(ahead, count); ++j) {
-      for (Index offset = 0; offset < bytes(); offset += kCacheLine) fetch_line<Cache::kSecond>(to[j], offset);
-    }
   }
   [[nodiscard]] Index bytes() const noexcept { return units * static_cast<Index>(sizeof(E)); }
 

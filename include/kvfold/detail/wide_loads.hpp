@@ -144,16 +144,22 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 #endif
 }
 
-/// Eight fp16 numbers from the addresses that at(first) to at(first + 7) give, of which four bytes can be read each.
+/// Four fp16 numbers from the addresses that at(0) to at(3) give, of which four bytes can be read each.
 template <class F>
-[[nodiscard]] __m128i gather_8_f16(Index first, F at) noexcept {
+[[nodiscard]] __m128i gather_4_f16(F at) noexcept {
   const auto load = [&](Index i) {
     std::int32_t bits;
-    std::memcpy(&bits, at(first + i), sizeof bits);
+    std::memcpy(&bits, at(i), sizeof bits);
     return _mm_cvtsi32_si128(bits);
   };
   const auto pair = [&](Index i) { return _mm_unpacklo_epi16(load(i), load(i + 1)); };
-  const auto four = [&](Index i) { return _mm_unpacklo_epi32(pair(i), pair(i + 2)); };
+  return _mm_unpacklo_epi32(pair(0), pair(2));
+}
+
+/// Eight of them.
+template <class F>
+[[nodiscard]] __m128i gather_8_f16(Index first, F at) noexcept {
+  const auto four = [&](Index i) { return gather_4_f16([&](Index j) { return at(first + i + j); }); };
   return _mm_unpacklo_epi64(four(0), four(4));
 }
 

@@ -3,6 +3,7 @@
 /// instructions for two products in each lane, and with VNNI for adding them in the same step.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -14,6 +15,17 @@
 #include "kvfold/types.hpp"
 
 namespace kvfold::detail {
+
+/// Rows that `WordsOfBlocks` has side by side: a quarter of each register is of one row.
+inline constexpr Index kRowsOfWords = 4;
+/// Words of a block of another row, once for each of them.
+inline constexpr Index kSpreadBlock = kRowsOfWords * kBlockSize;
+
+/// Where element d of such a block lies first. The next kLanes / 2 words are of every other element, then they come again.
+[[nodiscard]] constexpr Index place_of_word(Index d) noexcept {
+  const Index pair_of_registers = d / kLanes, is_odd = d % 2;
+  return (2 * pair_of_registers + is_odd) * 2 * kLanes + d % kLanes / 2;
+}
 
 #if defined(__AVX2__) && defined(__F16C__)
 
@@ -33,6 +45,32 @@ using Words = __m512i;
   const __m256i bytes = _mm256_sub_epi8(_mm256_and_si256(halves, _mm256_set1_epi8(0xf)), _mm256_set1_epi8(8));
   return _mm512_cvtepi8_epi16(bytes);
 }
+/// 16 elements of each of four blocks, before they are scaled: one after the other, those from 16 on in `to[1]`.
+inline void load_bytes(const BlockQ8_0* const (&blocks)[4], Words (&to)[2]) noexcept {
+  const auto load = [&](Index i) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks[i]->values.data()));
+  };
+  const auto two = [&](Index i) {
+    return _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(load(i)), load(i + 1), 1);
+  };
+  const Words x = two(0), y = two(2);
+  to[0] = _mm512_maskz_shuffle_i64x2(0xff, x, y, 0b10'00'10'00);
+  to[1] = _mm512_maskz_shuffle_i64x2(0xff, x, y, 0b11'01'11'01);
+}
+inline void load_bytes(const BlockQ4_0* const (&blocks)[4], Words (&to)[2]) noexcept {
+  const auto two = [&](Index i) {
+    return _mm256_set_m128i(load_16_bytes(blocks[i + 1]->pairs.data()), load_16_bytes(blocks[i]->pairs.data()));
+  };
+  const Words pairs = _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(two(0)), two(2), 1);
+  const auto bytes = [](Words halves) {
+    return _mm512_sub_epi8(_mm512_and_si512(halves, _mm512_set1_epi8(0xf)), _mm512_set1_epi8(8));
+  };
+  to[0] = bytes(pairs);
+  to[1] = bytes(_mm512_srli_epi16(pairs, 4));
+}
+/// Bytes of even or odd numbers, as words.
+[[nodiscard]] inline Words even_bytes(Words x) noexcept { return _mm512_maddubs_epi16(_mm512_set1_epi16(1), x); }
+[[nodiscard]] inline Words odd_bytes(Words x) noexcept { return _mm512_maddubs_epi16(_mm512_set1_epi16(1 << 8), x); }
 [[nodiscard]] inline Words in_all_lanes(std::int32_t x) noexcept { return _mm512_set1_epi32(x); }
 /// Each of the first half of every four lanes' words beside that of y, and of the second half.
 [[nodiscard]] inline Words low_pairs(Words x, Words y) noexcept { return _mm512_unpacklo_epi16(x, y); }
@@ -69,6 +107,27 @@ using Words = __m256i;
   const __m128i pairs = load_16_bytes(block.pairs.data()), halves = first == 0 ? pairs : _mm_srli_epi16(pairs, 4);
   return _mm256_cvtepi8_epi16(_mm_sub_epi8(_mm_and_si128(halves, _mm_set1_epi8(0xf)), _mm_set1_epi8(8)));
 }
+/// 16 elements of each of two blocks, before they are scaled, from `first` on.
+[[nodiscard]] inline Words load_bytes(const BlockQ8_0& x, const BlockQ8_0& y, Index first) noexcept {
+  return _mm256_set_m128i(load_16_bytes(y.values.data() + first), load_16_bytes(x.values.data() + first));
+}
+[[nodiscard]] inline Words load_bytes(const BlockQ4_0& x, const BlockQ4_0& y, Index first) noexcept {
+  const Words pairs = _mm256_set_m128i(load_16_bytes(y.pairs.data()), load_16_bytes(x.pairs.data()));
+  const Words halves = first == 0 ? pairs : _mm256_srli_epi16(pairs, 4);
+  return _mm256_sub_epi8(_mm256_and_si256(halves, _mm256_set1_epi8(0xf)), _mm256_set1_epi8(8));
+}
+/// Eight elements of each of four blocks: one after the other, those from 8 i on in `to[i]`.
+template <class Block>
+void load_bytes(const Block* const (&blocks)[4], Words (&to)[4]) noexcept {
+  for (Index half = 0; half < 2; ++half) {
+    const Words even = load_bytes(*blocks[0], *blocks[2], 16 * half),
+                odd = load_bytes(*blocks[1], *blocks[3], 16 * half);
+    to[2 * half] = _mm256_unpacklo_epi64(even, odd);
+    to[2 * half + 1] = _mm256_unpackhi_epi64(even, odd);
+  }
+}
+[[nodiscard]] inline Words even_bytes(Words x) noexcept { return _mm256_maddubs_epi16(_mm256_set1_epi16(1), x); }
+[[nodiscard]] inline Words odd_bytes(Words x) noexcept { return _mm256_maddubs_epi16(_mm256_set1_epi16(1 << 8), x); }
 [[nodiscard]] inline Words in_all_lanes(std::int32_t x) noexcept { return _mm256_set1_epi32(x); }
 [[nodiscard]] inline Words low_pairs(Words x, Words y) noexcept { return _mm256_unpacklo_epi16(x, y); }
 [[nodiscard]] inline Words high_pairs(Words x, Words y) noexcept { return _mm256_unpackhi_epi16(x, y); }
@@ -98,31 +157,78 @@ inline void store_rounded_lanes(Lanes low, Lanes high, std::int16_t* to) noexcep
   return x;
 }
 
-/// 32 integers of 16 bits.
-class WideWords {
- public:
-  explicit WideWords(const std::int16_t* from) noexcept {
-    for (Index i = 0; i < kParts; ++i) words_[i] = load_words(from + i * 2 * kLanes);
+/// 2 * kLanes neighbours of a row, to `place_of_word` of the first.
+inline void spread_words(const std::int16_t* from, std::int16_t* to) noexcept {
+  constexpr Index kWords = kLanes / 2;
+  for (Index first = 0; first < 2 * kLanes; first += kLanes) {
+    for (const Index is_odd : {0, 1}) {
+      std::int16_t words[kWords];
+      for (Index i = 0; i < kWords; ++i) words[i] = from[first + 2 * i + is_odd];
+      for (Index row = 0; row < kRowsOfWords; ++row) to = std::copy_n(words, kWords, to);
+    }
   }
-  /// Elements of a block, before they are scaled.
-  template <class Block>
-  explicit WideWords(const Block& block) noexcept {
-    for (Index i = 0; i < kParts; ++i) words_[i] = load_words(block, i * 2 * kLanes);
-  }
-  void keep_in_registers() noexcept {
-    for (Words& words : words_) words = in_register(words);
-  }
+}
 
-  /// Sums of 32 / kLanes products each. Exact, of bytes and of words but -2^15: all of them together are below 2^27.
-  [[nodiscard]] friend IntLanes dots(const WideWords& x, const WideWords& y) noexcept {
-    Words sums = products(x.words_[0], y.words_[0]);
-    for (Index i = 1; i < kParts; ++i) sums = add_products(sums, x.words_[i], y.words_[i]);
+#if defined(__AVX512BW__)
+
+/// Each of four numbers in kLanes / 4 lanes.
+[[nodiscard]] inline Lanes spread_numbers(__m128 x) noexcept {
+  const __m512i source = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_maskz_permutexvar_ps(kAllLanes, source, _mm512_castps128_ps512(x));
+}
+/// Sums of the kLanes / 4 lanes that each of four rows has in kLanes / 4 registers: [register][row].
+template <std::size_t... i>
+[[nodiscard]] Lanes sums_of_rows(const Lanes* x, std::index_sequence<i...> lanes) noexcept {
+  const Lanes low = fold_groups<true>(x[0], x[1], lanes), high = fold_groups<true>(x[2], x[3], lanes);
+  const Lanes sums = fold_groups<false>(low, high, lanes);  // [row][register]
+  return __builtin_shufflevector(sums, sums, static_cast<int>(i % 4 * 4 + i / 4)...);
+}
+[[nodiscard]] inline Lanes sums_of_rows(const Lanes* x) noexcept {
+  return sums_of_rows(x, std::make_index_sequence<kLanes>{});
+}
+
+#else
+
+[[nodiscard]] inline Lanes spread_numbers(__m128 x) noexcept {
+  return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(x), _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+}
+[[nodiscard]] inline Lanes sums_of_rows(const Lanes* x) noexcept {
+  const Lanes even = __builtin_shufflevector(x[0], x[1], 0, 2, 8, 10, 4, 6, 12, 14);
+  const Lanes odd = __builtin_shufflevector(x[0], x[1], 1, 3, 9, 11, 5, 7, 13, 15);
+  const Lanes sums = even + odd;  // rows 0 and 1 of both registers, then rows 2 and 3
+  return __builtin_shufflevector(sums, sums, 0, 1, 4, 5, 2, 3, 6, 7);
+}
+
+#endif
+
+/// One block of each of four rows, before they are scaled: a register has kLanes / 2 words of each row.
+class WordsOfBlocks {
+ public:
+  template <class Block>
+  explicit WordsOfBlocks(const Block* const (&blocks)[4]) noexcept
+      : scales_(spread_numbers(_mm_cvtph_ps(gather_4_f16([&](Index i) { return &blocks[i]->scale; })))) {
+    Words bytes[kParts / 2];
+    load_bytes(blocks, bytes);
+    for (Index i = 0; i < kParts; i += 2) {
+      words_[i] = in_register(even_bytes(bytes[i / 2]));
+      words_[i + 1] = in_register(odd_bytes(bytes[i / 2]));
+    }
+  }
+  /// Sums of products with the words of another row, as `spread_words` lays them: kLanes / 4 for each row. Exact,
+  /// of bytes and of words but -2^15: all of them together are below 2^27.
+  [[nodiscard]] IntLanes dots(const std::int16_t* words) const noexcept {
+    Words sums = products(words_[0], load_words(words));
+    for (Index i = 1; i < kParts; ++i)
+      sums = in_register(add_products(sums, words_[i], load_words(words + i * 2 * kLanes)));
     return reinterpret_cast<IntLanes>(sums);
   }
+  /// What they are times.
+  [[nodiscard]] Lanes scales() const noexcept { return scales_; }
 
  private:
-  static constexpr Index kParts = 16 / kLanes;
+  static constexpr Index kParts = kSpreadBlock / (2 * kLanes);
   Words words_[kParts];
+  Lanes scales_;
 };
 
 /// 2 * kLanes elements of a block from `first` on, before they are scaled, and those below them in another row.
@@ -170,12 +276,14 @@ class SumsOfRows {
 #else
 
 void store_rounded_lanes(Lanes low, Lanes high, std::int16_t* to) noexcept;  // these only where there are wide loads
-struct WideWords {
-  template <class From>
-  explicit WideWords(const From& from) noexcept;
-  void keep_in_registers() noexcept;
+void spread_words(const std::int16_t* from, std::int16_t* to) noexcept;
+[[nodiscard]] Lanes sums_of_rows(const Lanes* x) noexcept;
+struct WordsOfBlocks {
+  template <class Block>
+  explicit WordsOfBlocks(const Block* const (&blocks)[4]) noexcept;
+  [[nodiscard]] IntLanes dots(const std::int16_t* words) const noexcept;
+  [[nodiscard]] Lanes scales() const noexcept;
 };
-[[nodiscard]] IntLanes dots(const WideWords& x, const WideWords& y) noexcept;
 struct PairsOfRows {
   template <class Block>
   PairsOfRows(const Block& block, const Block& other, Index first) noexcept;
