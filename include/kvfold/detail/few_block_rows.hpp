@@ -126,10 +126,7 @@ void few_dots_of(const RoundedRows& a, Index row, const Rows& b, float* c, Index
       next.template fetch<kBytes>();
       const typename Rows::Unit* const blocks[] = {rows[0] + u, rows[1] + u, rows[2] + u, rows[3] + u};
       const WordsOfBlocks words(blocks);
-      for (Index i = 0; i < kRows; ++i) {
-        const IntLanes dots = words.dots(value + i * kSpreadBlock);
-        sums[i] = in_register(__builtin_convertvector(dots, Lanes) * words.scales() + sums[i]);
-      }
+      for (Index i = 0; i < kRows; ++i) sums[i] = words.add_dots(value + i * kSpreadBlock, sums[i]);
     }
     float out[kMostFewRows * kRowsOfWords];
     for (Index i = 0; i < kMostFewRows; i += kLanes / kRowsOfWords) {
@@ -168,8 +165,7 @@ void add_block(const std::int16_t* factors, const float* unit, const Rows& b, In
   using E = typename Rows::Unit;
   typename Rows::Ahead ahead = next;                                                                    // in registers
   constexpr Index kPart = 2 * kLanes, kParts = std::min<Index>(kRows > 2 ? 1 : 2, kBlockSize / kPart);  // in registers
-  constexpr Index kBytes =
-      bytes_of<E>(2 * kBlockSize) * kParts * kPart / kBlockSize;  // of two rows, as often as they are read
+  constexpr Index kBytes = bytes_of<E>(2 * kParts * kPart);  // of two rows, each time that they are read
   for (Index d = 0; d < kBlockSize; d += kParts * kPart) {
     SumsOfRows sums[kMostFewRows][2];
     typename Rows::Walk walk(b, block);

@@ -90,10 +90,10 @@ inline void fetch_line(const void* from, Index offset) noexcept {
 #endif
 }
 
-/// All of x = 0, for Lanes or IntLanes. Of a loop, or of `= {}`, g++ makes a call or an instruction that sets memory, for registers.
-template <class V, std::size_t n>
-[[gnu::always_inline]] inline void clear(V (&x)[n]) noexcept {
-  [&]<std::size_t... i>(std::index_sequence<i...>) { ((x[i] = V{}), ...); }
+/// All of x = 0. Of a loop, or of `= {}`, g++ makes a call or an instruction that sets memory, for registers.
+template <std::size_t n>
+[[gnu::always_inline]] inline void clear(Lanes (&x)[n]) noexcept {
+  [&]<std::size_t... i>(std::index_sequence<i...>) { ((x[i] = Lanes{}), ...); }
   (std::make_index_sequence<n>{});
 }
 
@@ -107,8 +107,8 @@ template <class V, std::size_t n>
 }
 
 /// Adds the lower half of every segment to its upper half: the segments of x, then those of y, half as wide as before.
-template <Index kSegment, class V, std::size_t... i>
-[[nodiscard]] V fold_segments(V x, V y, std::index_sequence<i...>) noexcept {
+template <Index kSegment, std::size_t... i>
+[[nodiscard]] Lanes fold_segments(Lanes x, Lanes y, std::index_sequence<i...>) noexcept {
   constexpr auto source = [](Index lane, Index upper) {
     constexpr Index kHalf = kSegment / 2, kInEach = kLanes / kSegment;
     const Index segment = lane / kHalf;
@@ -118,8 +118,8 @@ template <Index kSegment, class V, std::size_t... i>
 }
 
 /// Adds halves of groups of four lanes, which processors do fastest: the first time to (x, y, x, y), then to (x, x, y, y).
-template <bool kFirst, class V, std::size_t... i>
-[[nodiscard]] V fold_groups(V x, V y, std::index_sequence<i...>) noexcept {
+template <bool kFirst, std::size_t... i>
+[[nodiscard]] Lanes fold_groups(Lanes x, Lanes y, std::index_sequence<i...>) noexcept {
   constexpr auto source = [](Index lane, Index upper) {
     const Index in_group = lane % 4, from_y = kFirst ? in_group % 2 : in_group / 2;
     const Index place = kFirst ? in_group / 2 : in_group % 2;
@@ -128,15 +128,15 @@ template <bool kFirst, class V, std::size_t... i>
   return __builtin_shufflevector(x, y, source(i, 0)...) + __builtin_shufflevector(x, y, source(i, 1)...);
 }
 
-/// Lane i of the result is the sum of the lanes of x[i]; there are kLanes of them when it is called, Lanes or IntLanes.
-template <class V, std::size_t kCount>
-[[nodiscard, gnu::always_inline]] inline V sums_of_each(const V (&x)[kCount]) noexcept {
+/// Lane i of the result is the sum of the lanes of x[i]; there are kLanes of them when it is called.
+template <std::size_t kCount>
+[[nodiscard, gnu::always_inline]] inline Lanes sums_of_each(const Lanes (&x)[kCount]) noexcept {
   constexpr auto kSize = static_cast<Index>(kCount);
   constexpr auto kIndices = std::make_index_sequence<kLanes>{};
   if constexpr (kCount == 1) {
     return x[0];
   } else {
-    V folded[kCount / 2];
+    Lanes folded[kCount / 2];
     for (std::size_t i = 0; i < kCount / 2; ++i) {
       if constexpr (kSize > kLanes / 4) {
         folded[i] = fold_groups<kSize == kLanes>(x[2 * i], x[2 * i + 1], kIndices);

@@ -201,7 +201,7 @@ template <std::size_t... i>
 
 #endif
 
-/// One block of each of four rows, before they are scaled: a register has kLanes / 2 words of each row.
+/// One block of each of four rows: a register has kLanes / 2 words of each.
 class WordsOfBlocks {
  public:
   template <class Block>
@@ -214,16 +214,15 @@ class WordsOfBlocks {
       words_[i + 1] = in_register(odd_bytes(bytes[i / 2]));
     }
   }
-  /// Sums of products with the words of another row, as `spread_words` lays them: kLanes / 4 for each row. Exact,
-  /// of bytes and of words but -2^15: all of them together are below 2^27.
-  [[nodiscard]] IntLanes dots(const std::int16_t* words) const noexcept {
-    Words sums = products(words_[0], load_words(words));
-    for (Index i = 1; i < kParts; ++i)
-      sums = in_register(add_products(sums, words_[i], load_words(words + i * 2 * kLanes)));
-    return reinterpret_cast<IntLanes>(sums);
+  /// sums + what the blocks mean times the words of another row, as `spread_words` lays them: kLanes / 4 lanes for each row.
+  /// Before the blocks' scales it is exact, of bytes and of words but -2^15: all lanes together are below 2^27.
+  [[nodiscard]] Lanes add_dots(const std::int16_t* words, Lanes sums) const noexcept {
+    Words dots = products(words_[0], load_words(words));
+    for (Index i = 1; i < kParts; ++i) {
+      dots = in_register(add_products(dots, words_[i], load_words(words + i * 2 * kLanes)));
+    }
+    return in_register(to_lanes(dots) * scales_ + sums);
   }
-  /// What they are times.
-  [[nodiscard]] Lanes scales() const noexcept { return scales_; }
 
  private:
   static constexpr Index kParts = kSpreadBlock / (2 * kLanes);
@@ -281,8 +280,7 @@ void spread_words(const std::int16_t* from, std::int16_t* to) noexcept;
 struct WordsOfBlocks {
   template <class Block>
   explicit WordsOfBlocks(const Block* const (&blocks)[4]) noexcept;
-  [[nodiscard]] IntLanes dots(const std::int16_t* words) const noexcept;
-  [[nodiscard]] Lanes scales() const noexcept;
+  [[nodiscard]] Lanes add_dots(const std::int16_t* words, Lanes sums) const noexcept;
 };
 struct PairsOfRows {
   template <class Block>
