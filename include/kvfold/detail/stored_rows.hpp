@@ -26,10 +26,17 @@ inline constexpr Index kPageBytes = 4096, kLookedUp = 8 * kPageBytes;
 /// Of how many rows at most, where each has an address of its own.
 inline constexpr Index kMostAhead = 128;
 
-/// Asks for kBytes, or less than a line fewer, from `offset` bytes after an address; harmless where nothing is.
-template <Cache kTo, Index kBytes, class E>
-void fetch(const E* from, Index offset) noexcept {
-  for (Index i = 0; i < std::max<Index>(kBytes / kCacheLine, 1); ++i) fetch_line<kTo>(from, offset + i * kCacheLine);
+/// Asks for the line kFarAhead after `offset` bytes from an address, and once in kLookedUp bytes for one of each page after
+/// those. Harmless where nothing is.
+template <Stored E>
+void fetch_far(const E* from, Index offset) noexcept {
+  if ((reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset)) % kLookedUp < kCacheLine) {
+    // Of each page another line: caches have the same places for lines 4096 bytes apart.
+    for (Index i = 0; i < kLookedUp; i += kPageBytes + kCacheLine) {
+      fetch_line<Cache::kSecond>(from, offset + kLookedUp + i);
+    }
+  }
+  fetch_line<Cache::kSecond>(from, offset + kFarAhead<E>);
 }
 
 /// Rows one after the other, without gaps. What is asked for ahead is what follows in memory.
@@ -58,7 +65,11 @@ struct RowsTogether {
   /// Asks for kBytes ahead of those from unit `first` of row i on.
   template <Index kBytes>
   void fetch_after(Index i, Index first) const noexcept {
-    fetch<Cache::kSecond, kBytes>(row(i) + first, kFarAhead<E>);
+    if constexpr (kBytes < kCacheLine) {  // many pieces, and much to do in each
+      fetch_line<Cache::kSecond>(row(i) + first, kFarAhead<E>);
+    } else {
+      for (Index offset = 0; offset + kCacheLine <= kBytes; offset += kCacheLine) fetch_far(row(i) + first, offset);
+    }
   }
 
   /// Asks for rows, a little at a time: what is asked for all at once is waited for.
@@ -81,14 +92,7 @@ struct RowsTogether {
 
    private:
     void fetch_next() noexcept {
-      const auto address = reinterpret_cast<std::uintptr_t>(from_) + static_cast<std::uintptr_t>(line_);
-      if (address % kLookedUp < kCacheLine) {
-        // Of each page another line: caches have the same places for lines 4096 bytes apart.
-        for (Index i = 0; i < kLookedUp; i += kPageBytes + kCacheLine) {
-          fetch_line<Cache::kSecond>(from_, line_ + kLookedUp + i);
-        }
-      }
-      fetch_line<Cache::kSecond>(from_, line_ + kFarAhead<E>);
+      fetch_far(from_, line_);
       if constexpr (kInBlocks<E>) fetch_line<Cache::kFirst>(from_, line_ + kNearAhead);
       line_ += kCacheLine;
     }
@@ -121,7 +125,9 @@ struct RowsAnywhere {
   };
   template <Index kBytes>
   void fetch_after(Index i, Index first) const noexcept {
-    fetch<Cache::kSecond, kBytes>(to[i + ahead] + first, 0);
+    for (Index offset = 0; offset < kBytes; offset += kCacheLine) {
+      fetch_line<Cache::kSecond>(to[i + ahead] + first, offset);
+    }
   }
   [[nodiscard]] Index bytes() const noexcept { return units * static_cast<Index>(sizeof(E)); }
 

@@ -93,6 +93,22 @@ inline void store_rounded_lanes(Lanes low, Lanes high, std::int16_t* to) noexcep
   _mm256_storeu_si256(out + 1, _mm512_maskz_cvtsepi32_epi16(kAllLanes, _mm512_maskz_cvtps_epi32(kAllLanes, high)));
 }
 
+/// Each of four numbers in kLanes / 4 lanes.
+[[nodiscard]] inline Lanes spread_numbers(__m128 x) noexcept {
+  const __m512i source = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_maskz_permutexvar_ps(kAllLanes, source, _mm512_castps128_ps512(x));
+}
+/// Sums of the kLanes / 4 lanes that each of four rows has in kLanes / 4 registers: [register][row].
+template <std::size_t... i>
+[[nodiscard]] Lanes sums_of_rows(const Lanes* x, std::index_sequence<i...> lanes) noexcept {
+  const Lanes low = fold_groups<true>(x[0], x[1], lanes), high = fold_groups<true>(x[2], x[3], lanes);
+  const Lanes sums = fold_groups<false>(low, high, lanes);  // [row][register]
+  return __builtin_shufflevector(sums, sums, static_cast<int>(i % 4 * 4 + i / 4)...);
+}
+[[nodiscard]] inline Lanes sums_of_rows(const Lanes* x) noexcept {
+  return sums_of_rows(x, std::make_index_sequence<kLanes>{});
+}
+
 #else
 
 using Words = __m256i;
@@ -120,8 +136,8 @@ using Words = __m256i;
 template <class Block>
 void load_bytes(const Block* const (&blocks)[4], Words (&to)[4]) noexcept {
   for (Index half = 0; half < 2; ++half) {
-    const Words even = load_bytes(*blocks[0], *blocks[2], 16 * half),
-                odd = load_bytes(*blocks[1], *blocks[3], 16 * half);
+    const Words even = load_bytes(*blocks[0], *blocks[2], 16 * half);
+    const Words odd = load_bytes(*blocks[1], *blocks[3], 16 * half);
     to[2 * half] = _mm256_unpacklo_epi64(even, odd);
     to[2 * half + 1] = _mm256_unpackhi_epi64(even, odd);
   }
@@ -143,6 +159,16 @@ void load_bytes(const Block* const (&blocks)[4], Words (&to)[4]) noexcept {
 inline void store_rounded_lanes(Lanes low, Lanes high, std::int16_t* to) noexcept {
   const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));  // by halves of both
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0b11'01'10'00));
+}
+
+[[nodiscard]] inline Lanes spread_numbers(__m128 x) noexcept {
+  return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(x), _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+}
+[[nodiscard]] inline Lanes sums_of_rows(const Lanes* x) noexcept {
+  const Lanes even = __builtin_shufflevector(x[0], x[1], 0, 2, 8, 10, 4, 6, 12, 14);
+  const Lanes odd = __builtin_shufflevector(x[0], x[1], 1, 3, 9, 11, 5, 7, 13, 15);
+  const Lanes sums = even + odd;  // rows 0 and 1 of both registers, then rows 2 and 3
+  return __builtin_shufflevector(sums, sums, 0, 1, 4, 5, 2, 3, 6, 7);
 }
 
 #endif
@@ -168,38 +194,6 @@ inline void spread_words(const std::int16_t* from, std::int16_t* to) noexcept {
     }
   }
 }
-
-#if defined(__AVX512BW__)
-
-/// Each of four numbers in kLanes / 4 lanes.
-[[nodiscard]] inline Lanes spread_numbers(__m128 x) noexcept {
-  const __m512i source = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return _mm512_maskz_permutexvar_ps(kAllLanes, source, _mm512_castps128_ps512(x));
-}
-/// Sums of the kLanes / 4 lanes that each of four rows has in kLanes / 4 registers: [register][row].
-template <std::size_t... i>
-[[nodiscard]] Lanes sums_of_rows(const Lanes* x, std::index_sequence<i...> lanes) noexcept {
-  const Lanes low = fold_groups<true>(x[0], x[1], lanes), high = fold_groups<true>(x[2], x[3], lanes);
-  const Lanes sums = fold_groups<false>(low, high, lanes);  // [row][register]
-  return __builtin_shufflevector(sums, sums, static_cast<int>(i % 4 * 4 + i / 4)...);
-}
-[[nodiscard]] inline Lanes sums_of_rows(const Lanes* x) noexcept {
-  return sums_of_rows(x, std::make_index_sequence<kLanes>{});
-}
-
-#else
-
-[[nodiscard]] inline Lanes spread_numbers(__m128 x) noexcept {
-  return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(x), _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
-}
-[[nodiscard]] inline Lanes sums_of_rows(const Lanes* x) noexcept {
-  const Lanes even = __builtin_shufflevector(x[0], x[1], 0, 2, 8, 10, 4, 6, 12, 14);
-  const Lanes odd = __builtin_shufflevector(x[0], x[1], 1, 3, 9, 11, 5, 7, 13, 15);
-  const Lanes sums = even + odd;  // rows 0 and 1 of both registers, then rows 2 and 3
-  return __builtin_shufflevector(sums, sums, 0, 1, 4, 5, 2, 3, 6, 7);
-}
-
-#endif
 
 /// One block of each of four rows: a register has kLanes / 2 words of each.
 class WordsOfBlocks {
