@@ -23,6 +23,7 @@ MODELS = {"llama3_8b": "Llama-3-8B (H 8, G 4, D 128)", "qwen2.5_7b": "Qwen2.5-7B
 
 # stage: (order, title, what is said about it, columns)
 TIME = [("median", "time"), ("spread", "spread"), ("floor", "floor"), ("ratio", "time / floor")]
+DECODING = TIME + [("share_of_floor", "floor / time"), ("share_of_arithmetic", "arithmetic / time"), ("rows/s", "rows/s"), ("bytes/s", "bytes/s"), ("workspace_bytes", "workspace")]
 STAGES = {
     "end_to_end": (10, "End to end, window evidence",
                    "Score, budget, tiers, classes, merge and apply of one layer by one call of `compress`: W = 32, gamma = 1, B = 1024 (SmolLM2: 256).",
@@ -54,9 +55,8 @@ STAGES = {
                "in registers, or in tiles that stay in the cache. Rows of a head lie in one piece, or \"by token\" in a tensor [token][head][dim], or in pages of "
                "such tensors in any order. \"arithmetic\" is another floor: the FLOPs at the speed of Eigen's large products, and "
                "the exps.",
-               TIME + [("share_of_floor", "floor / time"), ("share_of_arithmetic", "arithmetic / time"), ("rows/s", "rows/s"), ("bytes/s", "bytes/s"), ("workspace_bytes", "workspace")]),
-    "attend_native": (61, "Attend with -march=native", "Decode attention once more, compiled for this very processor (what that adds is said above) instead of for x86-64-v3.",
-                      TIME + [("share_of_floor", "floor / time"), ("share_of_arithmetic", "arithmetic / time"), ("rows/s", "rows/s"), ("bytes/s", "bytes/s")]),
+               DECODING),
+    "attend_native": (61, "Attend with -march=native", "Decode attention once more, compiled for this very processor (what that adds is said above) instead of for x86-64-v3.", DECODING),
     "conversion": (70, "Conversion", "Stored rows to fp32 in a tile that stays in the cache, 2^19 rows of 128. The floor reads the stored bytes.",
                    TIME + [("rows/s", "rows/s"), ("bytes/s", "bytes/s")]),
     "kernels": (75, "Kernels", "What the stages are made of, on 64 rows of 128 numbers that stay in the first cache, against Eigen's products and exps on the same "

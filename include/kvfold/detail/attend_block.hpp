@@ -30,7 +30,7 @@ inline constexpr Index kFewTile = 16;
 struct AttendScratch {
   std::span<float> queries;  // [kQueryTile][D]
   RoundedRows rounded;       // [kFewQueries][D]
-  BlockSpace blocks;         // for D or E
+  BlockSpace blocks;         // for E
   std::span<float> panels;   // [kQueryTile / kPanelWidth][D][kPanelWidth] the queries
   std::span<float> keys;     // [max(kPanelKeys, kFewTile)][D]
   std::span<float> values;   // [kPanelTile][E]
@@ -43,7 +43,7 @@ struct AttendScratch {
     AttendScratch s;
     s.queries = arena.take<float>(kQueryTile, shape.key_dim);
     s.rounded = RoundedRows::take(arena, kFewQueries, shape.key_dim);
-    s.blocks = BlockSpace::take(arena, std::max(shape.key_dim, shape.value_dim));
+    s.blocks = BlockSpace::take(arena, shape.value_dim);
     s.panels = arena.take<float>(kQueryTile, shape.key_dim);
     s.keys = arena.take<float>(std::max(kPanelKeys, kFewTile), shape.key_dim);
     s.values = arena.take<float>(kPanelTile, shape.value_dim);

@@ -40,9 +40,9 @@ struct Largest {
 };
 
 /// Rows rounded to 16 bits: element d of row i is `unit[i] * value[place(i, d)]`, to 2^-16 of the largest of the row. Each is
-/// there four times, as `WordsOfBlocks` wants it.
+/// there kRowsOfWords times, as `WordsOfBlocks` wants it.
 struct RoundedRows {
-  std::span<std::int16_t> value;  // [rows / kMostFewRows][k / kBlockSize][kMostFewRows][4 * kBlockSize]
+  std::span<std::int16_t> value;  // [rows / kMostFewRows][k / kBlockSize][kMostFewRows][kSpreadBlock]
   std::span<float> unit;          // [rows]
   Index k = 0;                    // a multiple of kBlockSize where rows are set
 

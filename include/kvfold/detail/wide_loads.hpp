@@ -31,6 +31,9 @@ inline constexpr bool kHasWideLoads = true;
 [[nodiscard]] inline __m128i load_16_bytes(const void* from) noexcept {
   return _mm_loadu_si128(static_cast<const __m128i*>(from));
 }
+[[nodiscard]] inline __m256i load_twice_16_bytes(const void* low, const void* high) noexcept {
+  return _mm256_set_m128i(load_16_bytes(high), load_16_bytes(low));
+}
 
 /// 16 signed bytes as floats, times a scale.
 inline void widen_16_bytes(__m128i bytes, __m256 scale, float* to) noexcept {

@@ -29,6 +29,11 @@ inline constexpr Index kSpreadBlock = kRowsOfWords * kBlockSize;
 
 #if defined(__AVX2__) && defined(__F16C__)
 
+/// The lower halves of bytes, less 8.
+[[nodiscard]] inline __m256i signed_halves(__m256i bytes) noexcept {
+  return _mm256_sub_epi8(_mm256_and_si256(bytes, _mm256_set1_epi8(0xf)), _mm256_set1_epi8(8));
+}
+
 #if defined(__AVX512BW__)
 
 /// 2 * kLanes integers of 16 bits, or kLanes sums of 32.
@@ -41,12 +46,10 @@ using Words = __m512i;
 }
 [[nodiscard]] inline Words load_words(const BlockQ4_0& block, Index /*first*/) noexcept {
   const __m128i pairs = load_16_bytes(block.pairs.data());
-  const __m256i halves = _mm256_set_m128i(_mm_srli_epi16(pairs, 4), pairs);
-  const __m256i bytes = _mm256_sub_epi8(_mm256_and_si256(halves, _mm256_set1_epi8(0xf)), _mm256_set1_epi8(8));
-  return _mm512_cvtepi8_epi16(bytes);
+  return _mm512_cvtepi8_epi16(signed_halves(_mm256_set_m128i(_mm_srli_epi16(pairs, 4), pairs)));
 }
 /// 16 elements of each of four blocks, before they are scaled: one after the other, those from 16 on in `to[1]`.
-inline void load_bytes(const BlockQ8_0* const (&blocks)[4], Words (&to)[2]) noexcept {
+inline void load_bytes(const BlockQ8_0* const (&blocks)[kRowsOfWords], Words (&to)[2]) noexcept {
   const auto load = [&](Index i) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks[i]->values.data()));
   };
@@ -57,10 +60,8 @@ inline void load_bytes(const BlockQ8_0* const (&blocks)[4], Words (&to)[2]) noex
   to[0] = _mm512_maskz_shuffle_i64x2(0xff, x, y, 0b10'00'10'00);
   to[1] = _mm512_maskz_shuffle_i64x2(0xff, x, y, 0b11'01'11'01);
 }
-inline void load_bytes(const BlockQ4_0* const (&blocks)[4], Words (&to)[2]) noexcept {
-  const auto two = [&](Index i) {
-    return _mm256_set_m128i(load_16_bytes(blocks[i + 1]->pairs.data()), load_16_bytes(blocks[i]->pairs.data()));
-  };
+inline void load_bytes(const BlockQ4_0* const (&blocks)[kRowsOfWords], Words (&to)[2]) noexcept {
+  const auto two = [&](Index i) { return load_twice_16_bytes(blocks[i]->pairs.data(), blocks[i + 1]->pairs.data()); };
   const Words pairs = _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(two(0)), two(2), 1);
   const auto bytes = [](Words halves) {
     return _mm512_sub_epi8(_mm512_and_si512(halves, _mm512_set1_epi8(0xf)), _mm512_set1_epi8(8));
@@ -125,16 +126,15 @@ using Words = __m256i;
 }
 /// 16 elements of each of two blocks, before they are scaled, from `first` on.
 [[nodiscard]] inline Words load_bytes(const BlockQ8_0& x, const BlockQ8_0& y, Index first) noexcept {
-  return _mm256_set_m128i(load_16_bytes(y.values.data() + first), load_16_bytes(x.values.data() + first));
+  return load_twice_16_bytes(x.values.data() + first, y.values.data() + first);
 }
 [[nodiscard]] inline Words load_bytes(const BlockQ4_0& x, const BlockQ4_0& y, Index first) noexcept {
-  const Words pairs = _mm256_set_m128i(load_16_bytes(y.pairs.data()), load_16_bytes(x.pairs.data()));
-  const Words halves = first == 0 ? pairs : _mm256_srli_epi16(pairs, 4);
-  return _mm256_sub_epi8(_mm256_and_si256(halves, _mm256_set1_epi8(0xf)), _mm256_set1_epi8(8));
+  const Words pairs = load_twice_16_bytes(x.pairs.data(), y.pairs.data());
+  return signed_halves(first == 0 ? pairs : _mm256_srli_epi16(pairs, 4));
 }
 /// Eight elements of each of four blocks: one after the other, those from 8 i on in `to[i]`.
 template <class Block>
-void load_bytes(const Block* const (&blocks)[4], Words (&to)[4]) noexcept {
+void load_bytes(const Block* const (&blocks)[kRowsOfWords], Words (&to)[4]) noexcept {
   for (Index half = 0; half < 2; ++half) {
     const Words even = load_bytes(*blocks[0], *blocks[2], 16 * half);
     const Words odd = load_bytes(*blocks[1], *blocks[3], 16 * half);
@@ -199,7 +199,7 @@ inline void spread_words(const std::int16_t* from, std::int16_t* to) noexcept {
 class WordsOfBlocks {
  public:
   template <class Block>
-  explicit WordsOfBlocks(const Block* const (&blocks)[4]) noexcept
+  explicit WordsOfBlocks(const Block* const (&blocks)[kRowsOfWords]) noexcept
       : scales_(spread_numbers(_mm_cvtph_ps(gather_4_f16([&](Index i) { return &blocks[i]->scale; })))) {
     Words bytes[kParts / 2];
     load_bytes(blocks, bytes);
@@ -273,7 +273,7 @@ void spread_words(const std::int16_t* from, std::int16_t* to) noexcept;
 [[nodiscard]] Lanes sums_of_rows(const Lanes* x) noexcept;
 struct WordsOfBlocks {
   template <class Block>
-  explicit WordsOfBlocks(const Block* const (&blocks)[4]) noexcept;
+  explicit WordsOfBlocks(const Block* const (&blocks)[kRowsOfWords]) noexcept;
   [[nodiscard]] Lanes add_dots(const std::int16_t* words, Lanes sums) const noexcept;
 };
 struct PairsOfRows {
