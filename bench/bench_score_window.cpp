@@ -1,5 +1,9 @@
 /// \file
-/// Scores from the last W queries, by model, length and number of threads.
+/// Scores from the last W queries, by model, length and number of threads; and of all lengths in turn.
+
+#include <memory>
+#include <string>
+#include <vector>
 
 #include "support/main.hpp"
 #include "support/pipeline.hpp"
@@ -22,6 +26,37 @@ void score(benchmark::State& state, const Settings& settings, const Model& model
   measure(state, settings, stage, p.pool);
 }
 
+/// What a row of a head takes in layers of each length, which are scored in turn: shorter ones more often.
+void score_lengths(benchmark::State& state, const Settings& settings, const Model& model,
+                   const std::vector<Index>& lengths) {
+  std::vector<std::unique_ptr<Pipeline<Float16>>> layers;
+  std::vector<std::vector<double>> per_row(lengths.size());
+  const auto repeats_of = [&](std::size_t i) { return std::size_t{1} << (lengths.size() - 1 - i); };
+  double rows = 0.0;
+  for (std::size_t i = 0; i < lengths.size(); ++i) {
+    layers.push_back(std::make_unique<Pipeline<Float16>>(model, lengths[i], 1));
+    require(layers[i]->score(), "score");
+    per_row[i].reserve(at(settings.max_repeats + 2) * repeats_of(i));
+    rows += layers[i]->all_rows() * static_cast<double>(repeats_of(i));
+  }
+  const auto run = [&] {
+    double sum = 0.0;
+    for (std::size_t i = 0; i < lengths.size(); ++i) {
+      for (std::size_t repeat = 0; repeat < repeats_of(i); ++repeat) {
+        const double spent = timed([&] { return layers[i]->score().ok(); });
+        if (spent < 0) return -1.0;
+        per_row[i].push_back(spent / layers[i]->all_rows());
+        sum += spent;
+      }
+    }
+    return sum;
+  };
+  measure(state, settings, {.run = run, .rows = rows}, layers.back()->pool);
+  for (std::size_t i = 0; i < lengths.size(); ++i) {
+    state.counters["T:" + std::to_string(lengths[i])] = median(per_row[i]);
+  }
+}
+
 }  // namespace
 
 void register_benchmarks(const Settings& settings) {
@@ -34,6 +69,10 @@ void register_benchmarks(const Settings& settings) {
       }
     }
   }
+  const std::vector<Index> lengths =
+      settings.quick ? std::vector<Index>{512, 2048} : std::vector<Index>(kContexts.begin(), kContexts.end());
+  add(name_of("score_window_lengths", kLlama.name, "f16", lengths.back(), 1),
+      [=](benchmark::State& state) { score_lengths(state, settings, kLlama, lengths); });
 }
 
 }  // namespace kvfold::bench

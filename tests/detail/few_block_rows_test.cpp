@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -280,6 +281,34 @@ TYPED_TEST(FewBlockRows, WeightsWhoseInverseWouldOverflowCountAsZero) {
   const StoredBlocks<TypeParam> b(3, kBlockSize, random);
   EXPECT_EQ(sums_of({1e-38f, 0.f, 1e-31f}, 1, b.blocks, 3, kBlockSize, kBlockSize, 0.25f),
             std::vector<float>(32, 0.25f));
+}
+
+TYPED_TEST(FewBlockRows, BitsDoNotDependOnHowProductsAreAdded) {
+  if constexpr (detail::kAddingIsAsked) {
+    if (!detail::has_avx_vnni()) GTEST_SKIP() << "there is only one way on this processor";
+    constexpr Index kRows = 67, kWidth = 96;
+    Random random(10);
+    const StoredBlocks<TypeParam> b(kRows, kWidth, random);
+    const auto rows = together(b.blocks, kWidth / kBlockSize);
+    const Taken<detail::BlockSpace> space(kWidth);
+    for (const Index m : {1, 2, 3, 4, 5}) {
+      const std::vector<float> a = normals(m * kWidth, random), weights = normals(m * kRows, random);
+      const Rounded rounded(a, m, kWidth);
+      const auto products = [&](auto adding) {
+        std::vector<float> dots(at(m * kRows)), sums(at(m * kWidth));
+        detail::few_dots<adding()>(rounded.rows, m, rows, dots.data(), kRows);
+        detail::add_few<adding()>(weights.data(), kRows, m, rows, space.value, kWidth, sums.data(), kWidth);
+        dots.insert(dots.end(), sums.begin(), sums.end());
+        return dots;
+      };
+      using detail::Adding;
+      EXPECT_EQ(products(std::integral_constant<Adding, Adding::kAsCompiled>{}),
+                products(std::integral_constant<Adding, Adding::kWithAvxVnni>{}))
+          << m;
+    }
+  } else {
+    GTEST_SKIP() << "there is only one way on this target";
+  }
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ MODELS = {"llama3_8b": "Llama-3-8B (H 8, G 4, D 128)", "qwen2.5_7b": "Qwen2.5-7B
 # stage: (order, title, what is said about it, columns)
 TIME = [("median", "time"), ("spread", "spread"), ("floor", "floor"), ("ratio", "time / floor")]
 DECODING = TIME + [("share_of_floor", "floor / time"), ("share_of_arithmetic", "arithmetic / time"), ("rows/s", "rows/s"), ("bytes/s", "bytes/s"), ("workspace_bytes", "workspace")]
+LENGTHS = [("T:2048", "2k"), ("T:8192", "8k"), ("T:32768", "32k"), ("T:131072", "128k")]
 STAGES = {
     "end_to_end": (10, "End to end, window evidence",
                    "Score, budget, tiers, classes, merge and apply of one layer by one call of `compress`: W = 32, gamma = 1, B = 1024 (SmolLM2: 256).",
@@ -37,6 +38,8 @@ STAGES = {
                 ("classes_share", "classes"), ("merge_share", "merge"), ("apply_share", "apply")]),
     "score_window": (20, "Score by window", "Global-Local scores from the last 32 queries. Workspace: O(tile) per worker and O(H * G * T) floats of column sums.",
                      TIME + [("rows/s", "rows/s"), ("FLOP/s", "FLOP/s"), ("speedup", "against 1 thread"), ("workspace_bytes", "workspace")]),
+    "score_window_lengths": (25, "Score by window, lengths in turn", "The score's time for a row of a head, of layers of several lengths in turn, so that they share the machine's better and "
+                             "worse moments: one thread.", LENGTHS),
     "score_global": (30, "Score from all queries",
                      "Exact; exact with the log-sum-exps that the engine's attention has left; and from every 16th query, whose last column compares "
                      "with exact. The floor counts what lies under the causal mask.",
@@ -56,7 +59,8 @@ STAGES = {
                "such tensors in any order. \"arithmetic\" is another floor: the FLOPs at the speed of Eigen's large products, and "
                "the exps.",
                DECODING),
-    "attend_native": (61, "Attend with -march=native", "Decode attention once more, compiled for this very processor (what that adds is said above) instead of for x86-64-v3.", DECODING),
+    "attend_as_compiled": (61, "Attend with what -march allows alone", "Decode attention over rows in blocks once more, without the instructions that kernels ask the processor for (`KVFOLD_ENABLE_DISPATCH=0`).", DECODING),
+    "attend_native": (62, "Attend with -march=native", "Decode attention once more, compiled for this very processor (what that adds is said above) instead of for x86-64-v3.", DECODING),
     "conversion": (70, "Conversion", "Stored rows to fp32 in a tile that stays in the cache, 2^19 rows of 128. The floor reads the stored bytes.",
                    TIME + [("rows/s", "rows/s"), ("bytes/s", "bytes/s")]),
     "kernels": (75, "Kernels", "What the stages are made of, on 64 rows of 128 numbers that stay in the first cache, against Eigen's products and exps on the same "
@@ -79,7 +83,7 @@ def seconds(value):
     return f"{value * 1e9:.3g} ns"
 
 
-FORMATS = {"median": lambda r: seconds(r["seconds"]), "spread": lambda r: f"{100 * r['spread']:.0f} %",
+FORMATS = {**{length: lambda r, length=length: seconds(r[length]) for length, _ in LENGTHS}, "median": lambda r: seconds(r["seconds"]), "spread": lambda r: f"{100 * r['spread']:.0f} %",
            "floor": lambda r: seconds(r["floor_seconds"]), "ratio": lambda r: f"{r['ratio']:.2f}",
            "speedup": lambda r: f"{r['speedup']:.2f}x", "balance": lambda r: f"{r['balance']:.2f}x", "workspace_bytes": lambda r: si(r["workspace_bytes"], "B"),
            "rows/s": lambda r: si(r["rows/s"]), "numbers/s": lambda r: si(r["numbers/s"]), "FLOP/s": lambda r: si(r["FLOP/s"]), "bytes/s": lambda r: si(r["bytes/s"], "B")}
@@ -111,8 +115,8 @@ class Results:
             else:
                 for b in data["benchmarks"]:
                     name = b["name"].split("/iterations:")[0]
-                    if path.stem.endswith("_native"):
-                        name = name.replace("/", "_native/", 1)
+                    if variant := re.fullmatch(r"bench_attend(_.*)", path.stem):
+                        name = name.replace("/", f"{variant[1]}/", 1)
                     if b.get("error_occurred"):
                         raise SystemExit(f"{path.name}: {name}: {b.get('error_message')}")
                     self.measured[name] = b
@@ -153,13 +157,13 @@ def targets(results):
                         lambda r: f"{r['ratio']:.2f}x ({seconds(r['seconds'])})", lambda r: r["ratio"] <= 1.3)
     yield from line("Sampled global score, s 16, Llama-3-8B, T 8k: at least 12x cheaper than exact",
                     [get("score_global", "llama3_8b", "sampled_16", 8192)], lambda r: f"{r['speedup']:.1f}x", lambda r: r["speedup"] >= 12)
+    yield from line("Linear in T for window evidence, 2k to 128k: ns per row of a head in the score (largest at most 1.3x the smallest)",
+                    [get("score_window_lengths", "llama3_8b", "f16", 131072)],
+                    lambda r: " / ".join(f"{1e9 * r[length]:.0f}" for length, _ in LENGTHS),
+                    lambda r: max(r[length] for length, _ in LENGTHS) <= 1.3 * min(r[length] for length, _ in LENGTHS))
     ends = [get("end_to_end", "llama3_8b", "f16", rows) for rows in (2048, 8192, 32768, 131072)]
-    per_row = lambda rs: [r["seconds"] / rows * 1e9 / 8 for r, rows in zip(rs, (2048, 8192, 32768, 131072))]
-    scores = [get("score_window", "llama3_8b", "f16", rows) for rows in (2048, 8192, 32768, 131072)]
-    yield from line("Linear in T for window evidence, 2k to 128k: ns per row of a head in the score (largest at most 1.3x the smallest)", scores,
-                    lambda *rs: " / ".join(f"{x:.0f}" for x in per_row(rs)), lambda *rs: max(per_row(rs)) <= 1.3 * min(per_row(rs)))
     yield from line("The same for the whole, whose classes have a cost that does not depend on T", ends,
-                    lambda *rs: " / ".join(f"{x:.0f}" for x in per_row(rs)), lambda *rs: None)
+                    lambda *rs: " / ".join(f"{1e9 / r['rows/s']:.0f}" for r in rs), lambda *rs: None)
     yield from line("Budget and tiers, Llama-3-8B, T 32k: under 5 % of the whole", [get("shares", "llama3_8b", "f16", 32768)],
                     lambda r: f"{100 * (r['budget_share'] + r['tiers_share']):.1f} %", lambda r: r["budget_share"] + r["tiers_share"] < 0.05)
     for model, rows in (("llama3_8b", 32768), ("smollm2_135m", 32768)):
@@ -173,13 +177,16 @@ def targets(results):
                     lambda a, b: f"{a['workspace_bytes'] / 4 / 8 / 32768:.1f} / {b['workspace_bytes'] / 4 / 8 / 131072:.1f}",
                     lambda a, b: b["workspace_bytes"] <= 4.4 * a["workspace_bytes"])
     of_floor, of_longer = lambda r: r["share_of_floor"], lambda r: max(r["share_of_floor"], r["share_of_arithmetic"])
+    shares_of = lambda share: lambda *rs: " / ".join(f"{100 * share(r):.0f} %" for r in rs)
     for model in ("llama2_7b_8", "llama3_8b"):
         for threads in (1, 2):
             for text, stage, share in ((f"Attend, {MODELS[model]}, T 32k, {threads} thread{'s'[:threads - 1]}: f32, f16 and q8_0 at no less than 70 % of the memory-read floor", "attend", of_floor),
                                        ("The same, no less than 70 % of the longer of reading and arithmetic in fp32", "attend", of_longer),
                                        ("The same, no less than 70 % of the memory-read floor, with -march=native", "attend_native", of_floor)):
                 yield from line(text, [get(stage, model, storage, 32768, threads) for storage in ("f32", "f16", "q8_0")],
-                                lambda *rs: " / ".join(f"{100 * share(r):.0f} %" for r in rs), lambda *rs: all(share(r) >= 0.7 for r in rs))
+                                shares_of(share), lambda *rs: all(share(r) >= 0.7 for r in rs))
+            yield from line("The same for q8_0, no less than 70 % of the memory-read floor, with what -march allows alone",
+                            [get("attend_as_compiled", model, "q8_0", 32768, threads)], shares_of(of_floor), lambda r: of_floor(r) >= 0.7)
     if results.measured:
         calls = sum(r["heap_calls"] for r in results.measured.values())
         yield {"target": f"No heap calls in steady state ({len(results.measured)} benchmarks)", "measured": f"{calls:.0f}", "held": calls == 0}
@@ -221,9 +228,11 @@ def describe(build):
     cache = (build / "CMakeCache.txt").read_text(encoding="utf-8")
     entry = lambda key: (re.search(rf"^{key}:\w+=(.*)$", cache, re.MULTILINE) or ["", ""])[1]
     march = "native" if entry("KVFOLD_NATIVE") == "ON" else entry("KVFOLD_MARCH") or "the compiler's default"
+    asked = march == "x86-64-v3" and re.search(r"\bavx_vnni\b", info)
     changed = " and changes that are not committed" if run("git", "status", "--porcelain", "--", "include", "bench") else ""
     return {"machine": {"machine": f"{cpu}, {cores} cores, {platform.system()}",
                         "compiler": f"{run(entry('CMAKE_CXX_COMPILER'), '--version').splitlines()[0]}, {entry('CMAKE_CXX_FLAGS_RELEASE')}, -march={march}",
+                        "asked for at run time": "AVX-VNNI" if asked else "nothing that the compiler may not use anyway",
                         "-march=native adds": ", ".join(adds) or "nothing that kvfold has code for",
                         "commit": f"{run('git', 'rev-parse', '--short', 'HEAD')}{changed}",
                         "date": datetime.date.today().isoformat()}}

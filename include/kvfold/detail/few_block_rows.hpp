@@ -14,6 +14,7 @@
 #include "kvfold/detail/arena.hpp"
 #include "kvfold/detail/few_rows.hpp"
 #include "kvfold/detail/lanes.hpp"
+#include "kvfold/detail/processor.hpp"
 #include "kvfold/detail/wide_loads.hpp"
 #include "kvfold/detail/wide_words.hpp"
 #include "kvfold/storage/quantised.hpp"
@@ -24,6 +25,15 @@ namespace kvfold::detail {
 /// Whether rows of E are multiplied as the integers that they are stored as.
 template <Stored E>
 inline constexpr bool kAreIntegers = kHasWideLoads ? kInBlocks<E> : false;
+
+/// Calls f with the fastest way of adding products that this processor has, as a constant.
+template <class F>
+void with_fastest_adding(F f) noexcept {
+  if constexpr (kAddingIsAsked) {
+    if (has_avx_vnni()) return f(std::integral_constant<Adding, Adding::kWithAvxVnni>{});
+  }
+  f(std::integral_constant<Adding, Adding::kAsCompiled>{});
+}
 
 /// Units that the largest of the numbers that are rounded together has.
 inline constexpr float kMostUnits = 32767.f;
@@ -110,7 +120,7 @@ struct BlockSpace {
 };
 
 /// `few_dots` for kRows rows of a, from row `row` on, and up to kRoundedDepth rows of b.
-template <Index kRows, class Rows>
+template <Index kRows, Adding kAdding, class Rows>
 void few_dots_of(const RoundedRows& a, Index row, const Rows& b, float* c, Index c_stride) noexcept {
   constexpr Index kBytes = bytes_of<typename Rows::Unit>(kRowsOfWords * kBlockSize);
   float unit[kMostFewRows * kRowsOfWords] = {};
@@ -126,7 +136,7 @@ void few_dots_of(const RoundedRows& a, Index row, const Rows& b, float* c, Index
       next.template fetch<kBytes>();
       const typename Rows::Unit* const blocks[] = {rows[0] + u, rows[1] + u, rows[2] + u, rows[3] + u};
       const WordsOfBlocks words(blocks);
-      for (Index i = 0; i < kRows; ++i) sums[i] = words.add_dots(value + i * kSpreadBlock, sums[i]);
+      for (Index i = 0; i < kRows; ++i) sums[i] = words.template add_dots<kAdding>(value + i * kSpreadBlock, sums[i]);
     }
     float out[kMostFewRows * kRowsOfWords];
     for (Index i = 0; i < kMostFewRows; i += kLanes / kRowsOfWords) {
@@ -139,14 +149,19 @@ void few_dots_of(const RoundedRows& a, Index row, const Rows& b, float* c, Index
 }
 
 /// c = a * b^T for a [m][k], rows b of k numbers and c [m][rows of b] with a row stride.
-template <class Rows>
+template <Adding kAdding, class Rows>
   requires kAreIntegers<typename Rows::Unit>
 void few_dots(const RoundedRows& a, Index m, const Rows& b, float* c, Index c_stride) noexcept {
   for (Index first = 0; first < b.count; first += kRoundedDepth) {
     const Rows some = b.part(first, kRoundedDepth);
     for_groups_of_rows<kMostFewRows>(
-        m, [&](Index i, auto rows) { few_dots_of<rows()>(a, i, some, c + i * c_stride + first, c_stride); });
+        m, [&](Index i, auto rows) { few_dots_of<rows(), kAdding>(a, i, some, c + i * c_stride + first, c_stride); });
   }
+}
+template <class Rows>
+  requires kAreIntegers<typename Rows::Unit>
+void few_dots(const RoundedRows& a, Index m, const Rows& b, float* c, Index c_stride) noexcept {
+  with_fastest_adding([&](auto adding) { few_dots<adding()>(a, m, b, c, c_stride); });
 }
 
 /// to = from, kRoundedDepth numbers in units of which the largest has `most`. \returns the unit
@@ -159,7 +174,7 @@ void few_dots(const RoundedRows& a, Index m, const Rows& b, float* c, Index c_st
 
 /// `add_few` for one block of each of up to kRoundedDepth rows of b.
 /// \param factors [kRows][kRoundedDepth], of which those of row i have units of `unit[i]`
-template <Index kRows, class Rows>
+template <Index kRows, Adding kAdding, class Rows>
 void add_block(const std::int16_t* factors, const float* unit, const Rows& b, Index block, float* c, Index c_stride,
                typename Rows::Ahead& next) noexcept {
   using E = typename Rows::Unit;
@@ -172,7 +187,7 @@ void add_block(const std::int16_t* factors, const float* unit, const Rows& b, In
     const auto add = [&](const E& one, const E& other, Index j) {
       for (Index p = 0; p < kParts; ++p) {
         const PairsOfRows rows(one, other, d + p * kPart);
-        for (Index i = 0; i < kRows; ++i) sums[i][p].add(rows, factors + i * kRoundedDepth + j);
+        for (Index i = 0; i < kRows; ++i) sums[i][p].template add<kAdding>(rows, factors + i * kRoundedDepth + j);
       }
     };
     Index j = 0;
@@ -193,7 +208,7 @@ void add_block(const std::int16_t* factors, const float* unit, const Rows& b, In
 }
 
 /// `add_few` for kRows rows of a and up to kRoundedDepth rows of b, whose scales are in units.
-template <Index kRows, class Rows>
+template <Index kRows, Adding kAdding, class Rows>
 void add_few_of(const float* a, Index a_stride, const Rows& b, const BlockSpace& space, Index blocks, float* c,
                 Index c_stride, typename Rows::Ahead& next) noexcept {
   float weights[kMostFewRows][kRoundedDepth], weight_unit[kMostFewRows];
@@ -220,14 +235,14 @@ void add_few_of(const float* a, Index a_stride, const Rows& b, const BlockSpace&
   for (Index u = 0; u < blocks; ++u) {
     float unit[kMostFewRows];
     for (Index i = 0; i < kRows; ++i) unit[i] = weight_unit[i] * space.units[static_cast<std::size_t>(u)];
-    add_block<kRows>(space.factors_of(u), unit, b, u, c + u * kBlockSize, c_stride, next);
+    add_block<kRows, kAdding>(space.factors_of(u), unit, b, u, c + u * kBlockSize, c_stride, next);
   }
 }
 
 /// c += a * b for a [m][rows of b], rows b of n numbers and c [m][n]; a and c have the given row strides. A row's factor for
 /// a block, number times scale, is rounded: by at most 2^-16 of the largest number times the largest scale of up to
 /// kRoundedDepth rows.
-template <class Rows>
+template <Adding kAdding, class Rows>
   requires kAreIntegers<typename Rows::Unit>
 void add_few(const float* a, Index a_stride, Index m, const Rows& b, const BlockSpace& space, Index n, float* c,
              Index c_stride) noexcept {
@@ -242,9 +257,16 @@ void add_few(const float* a, Index a_stride, Index m, const Rows& b, const Block
     const typename Rows::Ahead from = next;
     for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
       next = from;
-      add_few_of<rows()>(a + i * a_stride + first, a_stride, some, space, blocks, c + i * c_stride, c_stride, next);
+      add_few_of<rows(), kAdding>(a + i * a_stride + first, a_stride, some, space, blocks, c + i * c_stride, c_stride,
+                                  next);
     });
   }
+}
+template <class Rows>
+  requires kAreIntegers<typename Rows::Unit>
+void add_few(const float* a, Index a_stride, Index m, const Rows& b, const BlockSpace& space, Index n, float* c,
+             Index c_stride) noexcept {
+  with_fastest_adding([&](auto adding) { add_few<adding()>(a, a_stride, m, b, space, n, c, c_stride); });
 }
 
 }  // namespace kvfold::detail

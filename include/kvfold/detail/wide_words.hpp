@@ -1,6 +1,6 @@
 /// \file
 /// Registers of integers of 16 bits and sums of their products, where the target has wide_loads.hpp: there are
-/// instructions for two products in each lane, and with VNNI for adding them in the same step.
+/// instructions for two products in each lane, and with VNNI for adding them in the same step. Sums are the same bits.
 #pragma once
 
 #include <algorithm>
@@ -20,6 +20,19 @@ namespace kvfold::detail {
 inline constexpr Index kRowsOfWords = 4;
 /// Words of a block of another row, once for each of them.
 inline constexpr Index kSpreadBlock = kRowsOfWords * kBlockSize;
+
+/// How products are added to sums.
+enum class Adding {
+  kAsCompiled,   // in the same step where the target has VNNI
+  kWithAvxVnni,  // in the same step: the caller knows that the processor has AVX-VNNI
+};
+
+#if defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512BW__) && !defined(__AVXVNNI__)
+/// Whether the second one may be faster.
+inline constexpr bool kAddingIsAsked = true;
+#else
+inline constexpr bool kAddingIsAsked = false;
+#endif
 
 /// Where element d of such a block lies first. The next kLanes / 2 words are of every other element, then they come again.
 [[nodiscard]] constexpr Index place_of_word(Index d) noexcept {
@@ -79,7 +92,8 @@ inline void load_bytes(const BlockQ4_0* const (&blocks)[kRowsOfWords], Words (&t
 /// x[2 i] * y[2 i] + x[2 i + 1] * y[2 i + 1] in each lane i.
 [[nodiscard]] inline Words products(Words x, Words y) noexcept { return _mm512_madd_epi16(x, y); }
 /// sums + products(x, y).
-[[nodiscard]] inline Words add_products(Words sums, Words x, Words y) noexcept {
+template <Adding>
+[[nodiscard]] Words add_products(Words sums, Words x, Words y) noexcept {
 #if defined(__AVX512VNNI__)
   return _mm512_dpwssd_epi32(sums, x, y);
 #else
@@ -148,10 +162,20 @@ void load_bytes(const Block* const (&blocks)[kRowsOfWords], Words (&to)[4]) noex
 [[nodiscard]] inline Words low_pairs(Words x, Words y) noexcept { return _mm256_unpacklo_epi16(x, y); }
 [[nodiscard]] inline Words high_pairs(Words x, Words y) noexcept { return _mm256_unpackhi_epi16(x, y); }
 [[nodiscard]] inline Words products(Words x, Words y) noexcept { return _mm256_madd_epi16(x, y); }
-[[nodiscard]] inline Words add_products(Words sums, Words x, Words y) noexcept {
+template <Adding kAdding>
+[[nodiscard]] Words add_products(Words sums, Words x, Words y) noexcept {
 #if defined(__AVXVNNI__)
   return _mm256_dpwssd_avx_epi32(sums, x, y);
 #else
+  if constexpr (kAdding == Adding::kWithAvxVnni) {
+    // By hand: functions that are compiled for AVX-VNNI would not be put into those that call them.
+#if defined(__clang__)  // which always takes memory where it may
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sums) : "x"(x), "x"(y));
+#else
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sums) : "x"(x), "xm"(y));
+#endif
+    return sums;
+  }
   return _mm256_add_epi32(sums, products(x, y));
 #endif
 }
@@ -210,10 +234,11 @@ class WordsOfBlocks {
   }
   /// sums + what the blocks mean times the words of another row, as `spread_words` lays them: kLanes / 4 lanes for each row.
   /// Before the blocks' scales it is exact, of bytes and of words but -2^15: all lanes together are below 2^27.
+  template <Adding kAdding>
   [[nodiscard]] Lanes add_dots(const std::int16_t* words, Lanes sums) const noexcept {
     Words dots = products(words_[0], load_words(words));
     for (Index i = 1; i < kParts; ++i) {
-      dots = in_register(add_products(dots, words_[i], load_words(words + i * 2 * kLanes)));
+      dots = in_register(add_products<kAdding>(dots, words_[i], load_words(words + i * 2 * kLanes)));
     }
     return in_register(to_lanes(dots) * scales_ + sums);
   }
@@ -239,12 +264,13 @@ struct PairsOfRows {
 /// Sums of columns of such rows, each times an integer of 16 bits. Exact for 512 rows of bytes: they are below 2^31.
 class SumsOfRows {
  public:
+  template <Adding kAdding>
   void add(const PairsOfRows& rows, const std::int16_t* factors) noexcept {
     std::int32_t pair;
     std::memcpy(&pair, factors, sizeof pair);
     const Words by = in_all_lanes(pair);
-    low_ = in_register(add_products(low_, rows.low, by));  // which g++ else keeps on the stack
-    high_ = in_register(add_products(high_, rows.high, by));
+    low_ = in_register(add_products<kAdding>(low_, rows.low, by));  // which g++ else keeps on the stack
+    high_ = in_register(add_products<kAdding>(high_, rows.high, by));
   }
   /// to += unit * sums, for 2 * kLanes columns.
   void add_to(float* to, float unit) const noexcept { add_to(to, unit, std::make_index_sequence<kLanes>{}); }
@@ -274,6 +300,7 @@ void spread_words(const std::int16_t* from, std::int16_t* to) noexcept;
 struct WordsOfBlocks {
   template <class Block>
   explicit WordsOfBlocks(const Block* const (&blocks)[kRowsOfWords]) noexcept;
+  template <Adding kAdding>
   [[nodiscard]] Lanes add_dots(const std::int16_t* words, Lanes sums) const noexcept;
 };
 struct PairsOfRows {
@@ -281,6 +308,7 @@ struct PairsOfRows {
   PairsOfRows(const Block& block, const Block& other, Index first) noexcept;
 };
 struct SumsOfRows {
+  template <Adding kAdding>
   void add(const PairsOfRows& rows, const std::int16_t* factors) noexcept;
   void add_to(float* to, float unit) const noexcept;
 };
