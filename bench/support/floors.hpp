@@ -55,7 +55,10 @@ class Floor {
   }
 
   /// Seconds, from speeds that are measured now, for a few milliseconds each.
-  [[nodiscard]] double seconds() {
+  [[nodiscard]] double seconds() { return seconds(pool_.concurrency()); }
+  /// The same on some of the threads, while the others do nothing.
+  [[nodiscard]] double seconds(Index threads) {
+    speeds_.resize(static_cast<std::size_t>(threads));
     double sum = 0.0;
     for (std::size_t i = 0; i < works_.size(); ++i) {
       const Work& work = works_[i];
@@ -123,10 +126,9 @@ class Floor {
     std::vector<Operands> whole, tile;
   };
 
-  /// Units per second of f, summed over the threads.
+  /// Units per second of f, summed over the threads of `speeds_`.
   template <class F>
   double speed(F f, std::size_t work) {
-    speeds_.assign(workers_.size(), 0.0);
     auto task = [&](Index i, Index) noexcept {
       const auto k = static_cast<std::size_t>(i);
       double done = 0.0, spent = 0.0;
@@ -135,7 +137,7 @@ class Floor {
       }
       speeds_[k] = done / spent;
     };
-    pool_.run(static_cast<Index>(workers_.size()), task);
+    pool_.run(static_cast<Index>(speeds_.size()), task);
     double sum = 0.0;
     for (const double s : speeds_) sum += s;
     return sum;

@@ -52,11 +52,12 @@ template <class F>
 }
 
 /// Runs a stage and what it is compared with in turn. Counters, all of medians: seconds, spread ((p90 - p10) / median),
-/// floor_seconds and ratio (of each repetition to the floor measured with it), speedup, rates, heap calls of a run.
+/// floor_seconds and ratio (of each repetition to the floor measured with it), speedup, what the floor gains by the threads
+/// in the same moment, rates, heap calls of a run.
 inline void measure(benchmark::State& state, const Settings& settings, const Stage& stage, ThreadPool& pool) {
   Stopwatch::set_threads(pool.concurrency());
   Floor floor(stage.works, pool);
-  std::vector<double> seconds, floors, ratios, speedups;
+  std::vector<double> seconds, floors, ratios, speedups, floor_speedups;
   const auto repeat = [&] {
     stage.prepare();
     const double floor_seconds = floor.seconds();
@@ -68,6 +69,7 @@ inline void measure(benchmark::State& state, const Settings& settings, const Sta
     if (stage.baseline) {
       stage.prepare();
       speedups.push_back(stage.baseline() / spent);
+      if (pool.concurrency() > 1 && !stage.works.empty()) floor_speedups.push_back(floor.seconds(1) / floor_seconds);
     }
     return true;
   };
@@ -112,6 +114,7 @@ inline void measure(benchmark::State& state, const Settings& settings, const Sta
     state.counters["ratio_spread"] = quantile(ratios, 0.9) - quantile(ratios, 0.1);
   }
   if (!speedups.empty()) state.counters["speedup"] = median(speedups);
+  if (!floor_speedups.empty()) state.counters["floor_speedup"] = median(floor_speedups);
 }
 
 /// Registers `make(state)`, which builds its data and calls `measure`. Names are stage/model/variant/T:rows/threads:n.

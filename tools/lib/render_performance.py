@@ -28,7 +28,7 @@ LENGTHS = [("T:2048", "2k"), ("T:8192", "8k"), ("T:32768", "32k"), ("T:131072", 
 STAGES = {
     "end_to_end": (10, "End to end, window evidence",
                    "Score, budget, tiers, classes, merge and apply of one layer by one call of `compress`: W = 32, gamma = 1, B = 1024 (SmolLM2: 256).",
-                   TIME + [("rows/s", "rows/s"), ("speedup", "against 1 thread"), ("workspace_bytes", "workspace")]),
+                   TIME + [("rows/s", "rows/s"), ("speedup", "against 1 thread"), ("floor_speedup", "its floor's"), ("workspace_bytes", "workspace")]),
     "balance": (13, "Balance",
                 "How evenly the work of one call is split: tasks run one after the other on one thread, each is timed, and the next goes to whichever of "
                 "two pretended workers is free first. \"speed-up\" is what two threads would gain that do not share caches, memory or other work.",
@@ -37,7 +37,7 @@ STAGES = {
                [("median", "sum"), ("score_share", "score"), ("budget_share", "budget"), ("tiers_share", "tiers"),
                 ("classes_share", "classes"), ("merge_share", "merge"), ("apply_share", "apply")]),
     "score_window": (20, "Score by window", "Global-Local scores from the last 32 queries. Workspace: O(tile) per worker and O(H * G * T) floats of column sums.",
-                     TIME + [("rows/s", "rows/s"), ("FLOP/s", "FLOP/s"), ("speedup", "against 1 thread"), ("workspace_bytes", "workspace")]),
+                     TIME + [("rows/s", "rows/s"), ("FLOP/s", "FLOP/s"), ("speedup", "against 1 thread"), ("floor_speedup", "its floor's"), ("workspace_bytes", "workspace")]),
     "score_window_lengths": (25, "Score by window, lengths in turn", "The score's time for a row of a head, of layers of several lengths in turn, so that they share the machine's better and "
                              "worse moments: one thread.", LENGTHS),
     "score_global": (30, "Score from all queries",
@@ -85,7 +85,7 @@ def seconds(value):
 
 FORMATS = {**{length: lambda r, length=length: seconds(r[length]) for length, _ in LENGTHS}, "median": lambda r: seconds(r["seconds"]), "spread": lambda r: f"{100 * r['spread']:.0f} %",
            "floor": lambda r: seconds(r["floor_seconds"]), "ratio": lambda r: f"{r['ratio']:.2f}",
-           "speedup": lambda r: f"{r['speedup']:.2f}x", "balance": lambda r: f"{r['balance']:.2f}x", "workspace_bytes": lambda r: si(r["workspace_bytes"], "B"),
+           "speedup": lambda r: f"{r['speedup']:.2f}x", "floor_speedup": lambda r: f"{r['floor_speedup']:.2f}x", "balance": lambda r: f"{r['balance']:.2f}x", "workspace_bytes": lambda r: si(r["workspace_bytes"], "B"),
            "rows/s": lambda r: si(r["rows/s"]), "numbers/s": lambda r: si(r["numbers/s"]), "FLOP/s": lambda r: si(r["FLOP/s"]), "bytes/s": lambda r: si(r["bytes/s"], "B")}
 NEEDS = {"median": "seconds", "floor": "floor_seconds"}
 
@@ -169,6 +169,9 @@ def targets(results):
     for model, rows in (("llama3_8b", 32768), ("smollm2_135m", 32768)):
         yield from line(f"2 threads, {MODELS[model]}, T {rows // 1024}k, end to end: at least 1.8x of 1",
                         [get("end_to_end", model, "f16", rows, 2)], lambda r: f"{r['speedup']:.2f}x", lambda r: r["speedup"] >= 1.8)
+        yield from line("The same, at least 90 % of what its floor gains, which is Eigen's products, exps and sums on two threads and one",
+                        [get("end_to_end", model, "f16", rows, 2)], lambda r: f"{100 * r['speedup'] / r['floor_speedup']:.0f} % of {r['floor_speedup']:.2f}x",
+                        lambda r: r["speedup"] >= 0.9 * r["floor_speedup"])
         yield from line(f"2 threads that do not disturb each other (see Balance), {MODELS[model]}, T {rows // 1024}k: at least 1.8x of 1", [get("balance", model, "f16", rows)],
                         lambda r: f"{r['balance']:.2f}x", lambda r: r["balance"] >= 1.8)
     whole = get("end_to_end", "llama3_8b", "f16", 32768)

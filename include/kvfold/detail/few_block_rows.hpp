@@ -87,6 +87,14 @@ struct RoundedRows {
 /// Rows of b that are worked on together: they stay in the first cache, and sums of their products below 2^31.
 inline constexpr Index kRoundedDepth = 64;
 
+/// What is asked for ahead after n elements of rows, in bytes: `sixteenths` of as many. `add_few` goes over rows three times,
+/// and memory has something to do all the while.
+template <Stored E>
+[[nodiscard]] constexpr Index bytes_asked(Index n, Index sixteenths) noexcept {
+  return (bytes_of<E>(n) * sixteenths + 15) / 16;
+}
+inline constexpr Index kAskedWithScales = 2, kAskedWithFactors = 1, kAskedWithSums = 13;
+
 /// Scratch of the kernels below, for rows of k numbers.
 struct BlockSpace {
   std::span<float> scales;          // [k / kBlockSize][kRoundedDepth]
@@ -107,9 +115,11 @@ struct BlockSpace {
 
   /// Scales of up to kRoundedDepth rows; the last one's again for what fills lanes, and zeros.
   template <class Rows>
-  void read_scales(const Rows& b, Index blocks) const noexcept {
+  void read_scales(const Rows& b, Index blocks, typename Rows::Ahead& next) const noexcept {
+    constexpr Index kBytes = bytes_asked<typename Rows::Unit>(kLanes * kBlockSize, kAskedWithScales);
     for_columns<kLanes>(b, [&](const auto& rows, Index first, auto) {
       for (Index u = 0; u < blocks; ++u) {
+        next.template fetch<kBytes>();
         store_lanes(gather_f16_lanes([&](Index i) { return &rows[i][u].scale; }), scales_of(u) + first);
       }
     });
@@ -180,7 +190,7 @@ void add_block(const std::int16_t* factors, const float* unit, const Rows& b, In
   using E = typename Rows::Unit;
   typename Rows::Ahead ahead = next;                                                                    // in registers
   constexpr Index kPart = 2 * kLanes, kParts = std::min<Index>(kRows > 2 ? 1 : 2, kBlockSize / kPart);  // in registers
-  constexpr Index kBytes = bytes_of<E>(2 * kParts * kPart);  // of two rows, each time that they are read
+  constexpr Index kBytes = bytes_asked<E>(2 * kParts * kPart, kAskedWithSums);  // of two rows, each time they are read
   for (Index d = 0; d < kBlockSize; d += kParts * kPart) {
     SumsOfRows sums[kMostFewRows][2];
     typename Rows::Walk walk(b, block);
@@ -221,8 +231,10 @@ void add_few_of(const float* a, Index a_stride, const Rows& b, const BlockSpace&
     weight_unit[i] = put_in_units(row, kMostUnits, weights[i]);
   }
   // All factors first: what the loops over rows wait for is there then.
+  constexpr Index kBytes = bytes_asked<typename Rows::Unit>(2 * kLanes * kBlockSize, kAskedWithFactors);
   for (Index u = 0; u < blocks; ++u) {
     for (Index j = 0; j < kRoundedDepth; j += 2 * kLanes) {
+      next.template fetch<kBytes>();
       const float* scales = space.scales_of(u) + j;
       const Lanes low = load_lanes(scales), high = load_lanes(scales + kLanes);
       for (Index i = 0; i < kRows; ++i) {
@@ -249,11 +261,11 @@ void add_few(const float* a, Index a_stride, Index m, const Rows& b, const Block
   const Index blocks = n / kBlockSize;
   for (Index first = 0; first < b.count; first += kRoundedDepth) {
     const Rows some = b.part(first, kRoundedDepth);
-    space.read_scales(some, blocks);
+    typename Rows::Ahead next(b, first);
+    space.read_scales(some, blocks, next);
     for (Index u = 0; u < blocks; ++u) {
       space.units[static_cast<std::size_t>(u)] = put_in_units(space.scales_of(u), 1.f, space.scales_of(u));
     }
-    typename Rows::Ahead next(b, first);
     const typename Rows::Ahead from = next;
     for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {
       next = from;
