@@ -15,8 +15,8 @@ namespace kvfold {
 
 /// An executor over `threads` threads, the caller's among them. `run` may be called by one thread at a time.
 ///
-/// Threads that have nothing to do look out for work for some 50 us, letting others run meanwhile, before they sleep: the
-/// stages of a policy follow each other faster than threads wake up.
+/// Threads that have nothing to do look out for work for about half a millisecond, letting others run meanwhile, before they
+/// sleep: the stages of a policy, and the layers of a model, follow each other faster than threads wake up.
 class ThreadPool {
  public:
   /// \param threads threads that work together, the calling one included; below 1 counts as 1.
@@ -63,7 +63,7 @@ class ThreadPool {
 
   template <class Condition>
   void wait_until(std::condition_variable& change, Condition holds) noexcept {
-    constexpr int kLooks = 100;
+    constexpr int kLooks = 2000;
     for (int i = 0; i < kLooks; ++i) {
       if (holds()) return;
       std::this_thread::yield();
