@@ -9,11 +9,8 @@
 
 #if KVFOLD_ENABLE_DISPATCH && defined(__GNUC__) && defined(__x86_64__)
 #include <cpuid.h>
-#endif
 
 namespace kvfold::detail {
-
-#if KVFOLD_ENABLE_DISPATCH && defined(__GNUC__) && defined(__x86_64__)
 
 /// Whether products of integers of 16 bits and their sums are one instruction for registers of 256 bits (AVX-VNNI: Intel
 /// from Alder Lake and Sapphire Rapids on, AMD from Zen 5 on). Code that is compiled for AVX2 has all else that it needs.
@@ -25,10 +22,14 @@ namespace kvfold::detail {
   return has;
 }
 
+}  // namespace kvfold::detail
+
 #else
+
+namespace kvfold::detail {
 
 [[nodiscard]] constexpr bool has_avx_vnni() noexcept { return false; }
 
-#endif
-
 }  // namespace kvfold::detail
+
+#endif
