@@ -83,11 +83,11 @@ Status attend(const V& view, const QueryRows& queries, const AttentionOutput& ou
     // They have looked at their log masses while these were in the cache; nothing is written yet.
     const Index parts = split.parts();
     const auto finite = space.parts.masses_are_finite.first(detail::at(shape.kv_heads * parts));
-    if (!std::ranges::all_of(finite, std::identity{})) return detail::check_log_masses(view);
+    if (!std::ranges::all_of(finite, std::identity{})) return detail::check_log_masses(view, executor);
     for (Index h = 0; h < shape.kv_heads; ++h) block(h, 0).join(space.parts, h * parts, parts, out);
     return {};
   }
-  if (Status bad = detail::check_log_masses(view); !bad.ok()) return bad;
+  if (Status bad = detail::check_log_masses(view, executor); !bad.ok()) return bad;
   const Index blocks = (rows + detail::kQueryTile - 1) / detail::kQueryTile;
   auto task = [&](Index i, Index worker) noexcept {
     const Index first = i % blocks * detail::kQueryTile;

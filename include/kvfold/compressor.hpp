@@ -79,7 +79,7 @@ class Compressor {
                                              X& executor) const noexcept {
     const auto workers = static_cast<Index>(executor.concurrency());
     if (Status bad = check_call(workers); !bad.ok()) return bad;
-    if (Status bad = detail::check_view(view); !bad.ok()) return bad;
+    if (Status bad = detail::check_view(view, executor); !bad.ok()) return bad;
     detail::Arena arena(workspace);
     const Tables tables = Tables::take(arena, view);
     const std::size_t mark = arena.mark();

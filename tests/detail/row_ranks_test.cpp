@@ -10,6 +10,7 @@
 #include <gtest/gtest.h>
 
 #include "builders.hpp"
+#include "flushing_subnormals.hpp"
 
 namespace kvfold::test {
 namespace {
@@ -66,6 +67,8 @@ std::vector<float> scores_of(const std::string& kind, Index n) {
     if (kind == "close") s = 1.f + 1e-6f * static_cast<float>(random.below(20));
     if (kind == "ascending") s = static_cast<float>(t);
     if (kind == "descending") s = -static_cast<float>(t);
+    if (kind == "sampled are best") s += t % 32 == 16 ? 100.f : 0.f;   // an odd sample
+    if (kind == "sampled are worst") s -= t % 32 == 16 ? 100.f : 0.f;  // and another one
     if (kind == "any") s *= std::pow(10.f, static_cast<float>(random.below(77)) - 38.f);
   }
   return scores;
@@ -93,14 +96,53 @@ TEST_P(LowestOfBest, IsTheRankThatSoManyReach) {
       }
       std::sort(wanted.begin(), wanted.end());
       EXPECT_EQ(got, wanted) << count << " of " << n << ", " << is_protected << " protected";
+      Rows visited;
+      rank.for_best(lowest, [&](Index t, detail::Rank of_row) {
+        EXPECT_EQ(of_row, rank[t]);
+        visited.push_back(static_cast<RowId>(t));
+      });
+      EXPECT_EQ(visited, wanted) << count << " of " << n << ", " << is_protected << " protected";
     }
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(Scores, LowestOfBest,
                          testing::Combine(testing::Values("attention", "equal", "ties", "close", "ascending",
-                                                          "descending", "any"),
+                                                          "descending", "sampled are best", "sampled are worst", "any"),
                                           testing::Values(1, 2, 63, 64, 65, 200, 2048, 5000)));
+
+#if defined(__SSE2__)
+TEST(Ranking, ThreadsThatFlushSubnormalsKeepAsManyRowsAsTheyAreTold) {
+  const FlushingSubnormals mode;
+  std::vector<float> scores(600);
+  for (std::size_t t = 0; t < scores.size(); ++t) scores[t] = t % 3 == 0 ? 0.f : t % 3 == 1 ? 1e-41f : -1e-41f;
+  scores[7] = 1.f;
+  scores[8] = -1.f;
+  const std::vector<Protection> protections(scores.size(), kNone);
+  std::vector<detail::Rank> scratch(scores.size());
+  const detail::RowRanks rank(scores, protections, scratch);
+  for (const Index count : {1, 2, 300, 599}) {
+    Index visited = 0;
+    rank.for_best(rank.lowest_of_best(count), [&](Index, detail::Rank) { ++visited; });
+    EXPECT_EQ(visited, count);
+  }
+}
+#endif
+
+TEST(Ranking, SumsTheScoresOfRowsThatAreNotProtected) {
+  for (const Index n : {1, 5, 64, 200, 1000}) {
+    std::vector<float> scores(static_cast<std::size_t>(n));
+    std::vector<Protection> protections(scores.size(), kNone);
+    double wanted = 0.0;
+    for (std::size_t t = 0; t < scores.size(); ++t) {
+      scores[t] = 1.f + 0x1p-20f * static_cast<float>(t % 7);  // sums of which have no error in fp64
+      if (t % 100 < 3) protections[t] = t % 2 == 0 ? kSink : kRecent;
+      if (protections[t] == kNone) wanted += static_cast<double>(scores[t]);
+    }
+    std::vector<detail::Rank> scratch(scores.size());
+    EXPECT_EQ(detail::RowRanks(scores, protections, scratch).sum_of_unprotected(), wanted) << n;
+  }
+}
 
 }  // namespace
 }  // namespace kvfold::test

@@ -10,11 +10,8 @@
 
 #include <gtest/gtest.h>
 
+#include "flushing_subnormals.hpp"
 #include "golden_blocks.hpp"
-
-#if defined(__SSE2__)
-#include <xmmintrin.h>
-#endif
 
 namespace kvfold {
 namespace {
@@ -191,18 +188,6 @@ TEST(Float8E4M3Test, ConversionsAreConstantExpressions) {
 }
 
 #if defined(__SSE2__)
-/// Flushes subnormal results to zero and reads subnormal operands as zero, as inference engines do.
-class FlushingSubnormals {
- public:
-  FlushingSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }
-  ~FlushingSubnormals() { _mm_setcsr(saved_); }
-  FlushingSubnormals(const FlushingSubnormals&) = delete;
-  FlushingSubnormals& operator=(const FlushingSubnormals&) = delete;
-
- private:
-  unsigned saved_;
-};
-
 TYPED_TEST(SixteenBitElement, ThreadsThatFlushSubnormalsReadTheSameNumbers) {
   std::vector<TypeParam> stored;
   std::vector<std::uint32_t> expected;
@@ -212,7 +197,7 @@ TYPED_TEST(SixteenBitElement, ThreadsThatFlushSubnormalsReadTheSameNumbers) {
   }
   std::vector<float> one_by_one(stored.size()), at_once(stored.size());
   {
-    const FlushingSubnormals mode;
+    const test::FlushingSubnormals mode;
     for (std::size_t i = 0; i < stored.size(); ++i) one_by_one[i] = to_float(stored[i]);
     load_floats(stored.data(), static_cast<Index>(stored.size()), at_once.data());
   }
@@ -233,7 +218,7 @@ TYPED_TEST(SixteenBitElement, ThreadsThatFlushSubnormalsWriteTheSameNumbers) {
   }
   std::vector<TypeParam> stored(floats.size());
   {
-    const FlushingSubnormals mode;
+    const test::FlushingSubnormals mode;
     store_floats(floats.data(), static_cast<Index>(floats.size()), stored.data());
   }
   for (std::size_t i = 0; i < stored.size(); ++i) ASSERT_EQ(stored[i].bits, expected[i]) << std::hex << i;

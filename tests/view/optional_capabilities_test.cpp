@@ -74,7 +74,8 @@ struct ComplainingView : MinimalView {
 TEST(OptionalCapabilities, AViewsOwnComplaintIsHeardBeforeItsRowsAreLookedAt) {
   static_assert(HasOwnCheck<ComplainingView>);
   const auto cache = test::make_cache(kShape, 10);
-  const Status status = detail::check_view(ComplainingView(cache));
+  SerialExecutor executor;
+  const Status status = detail::check_view(ComplainingView(cache), executor);
   EXPECT_EQ(status.argument(), "tables");
   EXPECT_EQ(status.head(), 1);
   EXPECT_EQ(status.row(), 7);

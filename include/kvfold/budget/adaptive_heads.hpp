@@ -100,9 +100,9 @@ class AdaptiveHeadBudget {
   };
 
   [[nodiscard]] static Index protected_rows(std::span<const Protection> marks) noexcept {
-    Index count = 0;
+    std::uint32_t count = 0;  // as wide as is needed: compilers count more of them at a time
     for (const Protection p : marks) count += p != Protection::none ? 1 : 0;
-    return count;
+    return static_cast<Index>(count);
   }
 
   [[nodiscard]] Index floor_of(const ScoreTable& table, Index h) const noexcept {
@@ -142,15 +142,15 @@ class AdaptiveHeadBudget {
     const Index count = claims_of(*place.table, place.head, floor, left);
     const detail::RowRanks rank(scores, marks, ranks);
     const detail::Rank lowest_kept = rank.lowest_of_best(floor), lowest = rank.lowest_of_best(floor + count);
-    double sum = 0.0;
+    double sum = rank.sum_of_unprotected();
     std::size_t made = 0;
-    for (Index t = 0; t < rank.rows(); ++t) {
+    rank.for_best(lowest, [&](Index t, detail::Rank of_row) {
+      if (of_row >= lowest_kept) return;
       const float score = scores[detail::at(t)];
-      const bool is_kept = rank[t] >= lowest_kept;
       // Protected rows beyond the floor claim like others.
-      if (marks[detail::at(t)] == Protection::none || !is_kept) sum += static_cast<double>(score);
-      if (!is_kept && rank[t] >= lowest) claims[made++] = {score, static_cast<RowId>(head), static_cast<RowId>(t)};
-    }
+      if (marks[detail::at(t)] != Protection::none) sum += static_cast<double>(score);
+      claims[made++] = {score, static_cast<RowId>(head), static_cast<RowId>(t)};
+    });
     const double inverse = sum > 0.0 ? 1.0 / sum : 0.0;
     for (Claim& claim : claims.first(made)) {
       claim.share = static_cast<float>(static_cast<double>(claim.share) * inverse);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kvfold/budget/budget_policy.hpp"
+#include "kvfold/detail/linalg.hpp"
 #include "kvfold/detail/row_ranks.hpp"
 #include "kvfold/exec/executor.hpp"
 
@@ -45,12 +46,11 @@ struct EqualCountsScratch {
     const RowRanks rank(scores, table.protections(h), scratch.ranks.subspan(at(table.offset[at(h)]), scores.size()));
     const Rank lowest_of_fewer = rank.lowest_of_best(std::min(budgets[at(h)], count));
     const Rank lowest_of_more = rank.lowest_of_best(std::max(budgets[at(h)], count));
-    double all = 0.0, between = 0.0;
-    for (Index t = 0; t < rank.rows(); ++t) {
-      const auto score = static_cast<double>(scores[at(t)]);
-      all += score;
-      if (rank[t] >= lowest_of_more && rank[t] < lowest_of_fewer) between += score;
-    }
+    const double all = exact_sum(scores.data(), rank.rows());
+    double between = 0.0;
+    rank.for_best(lowest_of_more, [&](Index t, Rank of_row) {
+      if (of_row < lowest_of_fewer) between += static_cast<double>(scores[at(t)]);
+    });
     if (all > 0.0) scratch.shares[at(h)] = (budgets[at(h)] > count ? between : -between) / all;
   };
   executor.run(table.heads(), task);

@@ -60,6 +60,12 @@ inline void fetch_line(const void* from, Index offset) noexcept {
   asm volatile("");
 }
 
+/// Bytes from there to the next cache line, in [1, kCacheLine].
+[[nodiscard]] inline Index rest_of_line(const void* from, Index offset) noexcept {
+  const auto address = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset);
+  return kCacheLine - static_cast<Index>(address % kCacheLine);
+}
+
 /// The larger and the smaller of each two, x where they do not compare. g++ does not find the instructions for this.
 #if defined(__AVX512BW__)
 [[nodiscard]] inline Lanes larger(Lanes x, Lanes y) noexcept { return _mm512_maskz_max_ps(kAllLanes, y, x); }

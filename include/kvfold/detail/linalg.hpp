@@ -80,9 +80,25 @@ inline void places_above(const float* x, Index n, float least, RowId* places) no
   }
 }
 
+/// In fp64, several numbers at a time.
+[[nodiscard]] inline double exact_sum(const float* x, Index n) noexcept {
+  constexpr Index kSums = 8;
+  const Index whole = n / kSums * kSums;
+  double sums[kSums] = {}, sum = 0.0;
+  for (Index i = 0; i < whole; i += kSums) {
+    for (Index k = 0; k < kSums; ++k) sums[k] += static_cast<double>(x[i + k]);
+  }
+  for (const double part : sums) sum += part;
+  for (Index i = whole; i < n; ++i) sum += static_cast<double>(x[i]);
+  return sum;
+}
+
 inline void scale(float* x, Index n, float factor) noexcept { Floats(x, n) *= factor; }
 inline void multiply(float* x, const float* factors, Index n) noexcept { Floats(x, n) *= ConstFloats(factors, n); }
 inline void add(float* to, const float* x, Index n) noexcept { Floats(to, n) += ConstFloats(x, n); }
+/// to = max(to, x)
+inline void raise(float* to, const float* x, Index n) noexcept { Floats(to, n) = Floats(to, n).max(ConstFloats(x, n)); }
+inline void divide(float* x, Index n, float divisor) noexcept { Floats(x, n) /= divisor; }
 inline void add_number(float* x, Index n, float number) noexcept { Floats(x, n) += number; }
 inline void add_scaled(float* to, const float* x, Index n, float factor) noexcept {
   Floats(to, n) += factor * ConstFloats(x, n);

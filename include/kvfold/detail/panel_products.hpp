@@ -133,12 +133,13 @@ struct Ahead {
   Index row_bytes = 0, stride = 0, rows = 0;  ///< rows that are left
   Index row = 0, in_row = 0;                  ///< bytes to the row, and in it
 
-  [[nodiscard]] Index lines() const noexcept { return (row_bytes + kCacheLine - 1) / kCacheLine * rows; }
+  /// As many as there may be: rows may begin anywhere in a line.
+  [[nodiscard]] Index lines() const noexcept { return ((row_bytes - 2) / kCacheLine + 2) * rows; }
   /// The next few lines: what is asked for all at once is waited for.
   void fetch(Index count) noexcept {
     for (; count > 0 && rows > 0; --count) {
       fetch_line(address, row + in_row);
-      in_row += kCacheLine;
+      in_row += rest_of_line(address, row + in_row);
       if (in_row < row_bytes) continue;
       in_row = 0;
       row += stride;

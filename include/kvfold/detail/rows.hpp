@@ -3,9 +3,11 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstdint>
 
+#include "kvfold/exec/executor.hpp"
 #include "kvfold/status.hpp"
 #include "kvfold/view/concepts.hpp"
 
@@ -126,48 +128,57 @@ template <KVCacheView V>
   return {};
 }
 
-/// Positions in order. O(H * T).
+/// Positions of a head in order. O(T).
 template <KVCacheView V>
-[[nodiscard]] Status check_positions(const V& view) noexcept {
-  for (Index h = 0; h < view.shape().kv_heads; ++h) {
-    const auto rows = static_cast<Index>(view.size(h));
-    const auto descends = [&](Index t) {
-      return static_cast<Position>(view.position(h, t)) < static_cast<Position>(view.position(h, t - 1));
-    };
-    int any = 0;  // over all rows, since a loop that may stop is not vectorised
-    for (Index t = 1; t < rows; ++t) any |= static_cast<int>(descends(t));
-    for (Index t = 1; any != 0 && t < rows; ++t) {
-      if (descends(t)) return {StatusCode::invalid_argument, "view", "positions must be in ascending order", h, t};
-    }
-  }
-  return {};
+[[nodiscard]] Status check_positions(const V& view, Index h) noexcept {
+  const auto rows = static_cast<Index>(view.size(h));
+  const auto descends = [&](Index t) {
+    return static_cast<Position>(view.position(h, t)) < static_cast<Position>(view.position(h, t - 1));
+  };
+  int any = 0;  // over all rows, since a loop that may stop is not vectorised
+  for (Index t = 1; t < rows; ++t) any |= static_cast<int>(descends(t));
+  if (any == 0) return {};
+  Index t = 1;
+  while (!descends(t)) ++t;
+  return {StatusCode::invalid_argument, "view", "positions must be in ascending order", h, t};
 }
 
-/// Log masses without NaN and infinities. O(H * T).
+/// Log masses of a head without NaN and infinities. O(T).
 template <KVCacheView V>
-[[nodiscard]] Status check_log_masses(const V& view) noexcept {
+[[nodiscard]] Status check_log_masses(const V& view, Index h) noexcept {
   if constexpr (HasLogMass<V>) {
-    for (Index h = 0; h < view.shape().kv_heads; ++h) {
-      const auto rows = static_cast<Index>(view.size(h));
-      // As above. The bits of a NaN or an infinity are above those of all numbers, for compilers that know of neither, too.
-      const auto bits_of = [&](Index t) { return std::bit_cast<std::uint32_t>(log_mass_of(view, h, t)) & 0x7fffffffu; };
-      std::uint32_t most = 0;
-      for (Index t = 0; t < rows; ++t) most = std::max(most, bits_of(t));
-      if (most < 0x7f800000u) continue;
-      Index t = 0;
-      while (bits_of(t) < 0x7f800000u) ++t;
-      return {StatusCode::not_finite, "log_mass", "has a NaN or an infinity", h, t};
-    }
+    const auto rows = static_cast<Index>(view.size(h));
+    // As above. The bits of a NaN or an infinity are above those of all numbers, for compilers that know of neither, too.
+    const auto bits_of = [&](Index t) { return std::bit_cast<std::uint32_t>(log_mass_of(view, h, t)) & 0x7fffffffu; };
+    std::uint32_t most = 0;
+    for (Index t = 0; t < rows; ++t) most = std::max(most, bits_of(t));
+    if (most < 0x7f800000u) return {};
+    Index t = 0;
+    while (bits_of(t) < 0x7f800000u) ++t;
+    return {StatusCode::not_finite, "log_mass", "has a NaN or an infinity", h, t};
   }
   return {};
 }
 
-/// Sizes in range, every head with rows, positions in order, log masses that are numbers. O(H * T).
-template <KVCacheView V>
-[[nodiscard]] Status check_view(const V& view) noexcept {
-  if (Status bad = check_sizes(view); !bad.ok()) return bad;
-  if (Status bad = check_positions(view); !bad.ok()) return bad;
-  return check_log_masses(view);
+/// Rows of a layer up to which an executor takes longer to begin than to look at all of them.
+inline constexpr Index kFewToCheck = 32768;
+
+/// The first of f(h) that is not ok. Heads with many of the `rows` are looked at side by side, and once more in their order
+/// when one is not ok, so that the status is the same for every executor.
+template <class F>
+[[nodiscard]] Status check_heads(Index heads, Index rows, Executor auto& executor, F f) noexcept {
+  if (rows > kFewToCheck) {
+    std::atomic<bool> all_ok{true};
+    auto task = [&](Index h, Index) noexcept {
+      if (!f(h).ok()) all_ok.store(false, std::memory_order_relaxed);
+    };
+    executor.run(heads, task);
+    if (all_ok.load(std::memory_order_relaxed)) return {};
+  }
+  for (Index h = 0; h < heads; ++h) {
+    if (Status bad = f(h); !bad.ok()) return bad;
+  }
+  return {};
 }
 
 template <KVCacheView V>
@@ -182,6 +193,23 @@ template <KVCacheView V>
   Index sum = 0;
   for (Index h = 0; h < view.shape().kv_heads; ++h) sum += static_cast<Index>(view.size(h));
   return sum;
+}
+
+/// Log masses of all heads. O(H * T).
+template <KVCacheView V>
+[[nodiscard]] Status check_log_masses(const V& view, Executor auto& executor) noexcept {
+  return check_heads(view.shape().kv_heads, total_rows(view), executor,
+                     [&](Index h) { return check_log_masses(view, h); });
+}
+
+/// Sizes in range, every head with rows, positions in order, log masses that are numbers. O(H * T).
+template <KVCacheView V>
+[[nodiscard]] Status check_view(const V& view, Executor auto& executor) noexcept {
+  if (Status bad = check_sizes(view); !bad.ok()) return bad;
+  return check_heads(view.shape().kv_heads, total_rows(view), executor, [&](Index h) {
+    const Status bad = check_positions(view, h);
+    return bad.ok() ? check_log_masses(view, h) : bad;
+  });
 }
 
 }  // namespace kvfold::detail

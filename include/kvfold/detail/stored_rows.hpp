@@ -123,10 +123,12 @@ struct RowsAnywhere {
     const E* const* next_;
     Index unit_;
   };
+  /// The ends of pieces of a line, and the row's beginning: rows may begin anywhere in a line.
   template <Index kBytes>
   void fetch_after(Index i, Index first) const noexcept {
-    for (Index offset = 0; offset < kBytes; offset += kCacheLine) {
-      fetch_line<Cache::kSecond>(to[i + ahead] + first, offset);
+    if (first == 0) fetch_line<Cache::kSecond>(to[i + ahead], 0);
+    for (Index end = kBytes % kCacheLine; end <= kBytes; end += kCacheLine) {
+      if (end > 0) fetch_line<Cache::kSecond>(to[i + ahead] + first, end - 1);
     }
   }
   [[nodiscard]] Index bytes() const noexcept { return units * static_cast<Index>(sizeof(E)); }
@@ -143,18 +145,23 @@ struct RowsAnywhere {
     template <Index kBytes>
     void fetch() noexcept {
       for (due_ += kBytes; due_ > 0;) {
-        fetch_line<Cache::kSecond>(row_[far_], offset_);
-        if constexpr (kInBlocks<E>) fetch_line<Cache::kFirst>(row_[near_], offset_);
+        fetch_at(offset_);
         const Index part = std::min(kCacheLine, bytes_ - offset_);
         due_ -= part;
         offset_ += part;
         if (offset_ < bytes_) continue;
+        fetch_at(bytes_ - 1);  // another line, where rows do not begin with one
         offset_ = 0;
         if (row_ < last_) ++row_;
       }
     }
 
    private:
+    void fetch_at(Index offset) const noexcept {
+      fetch_line<Cache::kSecond>(row_[far_], offset);
+      if constexpr (kInBlocks<E>) fetch_line<Cache::kFirst>(row_[near_], offset);
+    }
+
     const E* const* row_;
     const E* const* last_;
     Index far_, near_, bytes_, offset_ = 0, due_ = 0;

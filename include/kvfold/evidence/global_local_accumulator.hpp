@@ -81,7 +81,7 @@ class GlobalLocalAccumulator {
   /// Cost: 2 * n / s * G * T * D FLOPs per head for n queries, half of it under the causal mask.
   template <KVCacheView V, Executor X>
   Status observe(const V& view, const QueryRows& queries, Workspace workspace, X& executor) noexcept {
-    if (Status bad = check_call(view); !bad.ok()) return bad;
+    if (Status bad = check_call(view, executor); !bad.ok()) return bad;
     if (Status bad = detail::check_queries(queries, shape_); !bad.ok()) return bad;
     if (observed_ > 0 && queries.positions.front() < newest_position_) {
       return {StatusCode::invalid_argument, "queries", "positions lie before queries that were observed"};
@@ -89,8 +89,6 @@ class GlobalLocalAccumulator {
     if (observed_ > 0 && queries.logit_scale() != scale_) {
       return {StatusCode::invalid_argument, "queries", "scale differs from that of earlier queries"};
     }
-    if (workers_of(executor) < 1)
-      return Status{StatusCode::invalid_argument, "executor", "concurrency() must be at least 1"};
     detail::Arena arena(workspace);
     const Scratch scratch = Scratch::take(arena, shape_, columns(), detail::max_rows(view), workers_of(executor));
     if (Status bad = detail::check(arena); !bad.ok()) return bad;
@@ -165,10 +163,8 @@ class GlobalLocalAccumulator {
   /// The sums over all queries observed. The result points into the accumulator and lives until its next change.
   template <KVCacheView V, Executor X>
   [[nodiscard]] Result<ColumnSums> summarize(const V& view, Workspace workspace, X& executor) noexcept {
-    if (Status bad = check_call(view); !bad.ok()) return bad;
+    if (Status bad = check_call(view, executor); !bad.ok()) return bad;
     if (observed_ == 0) return Status{StatusCode::invalid_argument, "evidence", "no queries have been observed"};
-    if (workers_of(executor) < 1)
-      return Status{StatusCode::invalid_argument, "executor", "concurrency() must be at least 1"};
     detail::Arena arena(workspace);
     const Scratch scratch = Scratch::take(arena, shape_, columns(), detail::max_rows(view), workers_of(executor));
     if (Status bad = detail::check(arena); !bad.ok()) return bad;
@@ -309,8 +305,11 @@ class GlobalLocalAccumulator {
   }
 
   template <KVCacheView V>
-  [[nodiscard]] Status check_call(const V& view) const noexcept {
-    if (Status bad = detail::check_view(view); !bad.ok()) return bad;
+  [[nodiscard]] Status check_call(const V& view, Executor auto& executor) const noexcept {
+    if (workers_of(executor) < 1) {
+      return {StatusCode::invalid_argument, "executor", "concurrency() must be at least 1"};
+    }
+    if (Status bad = detail::check_view(view, executor); !bad.ok()) return bad;
     const LayerShape shape = view.shape();
     if (shape.kv_heads != shape_.kv_heads || shape.group_size != shape_.group_size || shape.key_dim != shape_.key_dim) {
       return {StatusCode::size_mismatch, "view", "has not the shape that the accumulator was made for"};

@@ -102,12 +102,11 @@ inline void rank_head(const ScoreTable& table, Index h, const CandidateRule& rul
   std::fill(fate.begin(), fate.end(), RowFate::evicted);
   std::fill(row_class.begin(), row_class.end(), RowId{-1});
   std::size_t kept_count = 0, candidate_count = 0;
-  double all = 0.0, kept = 0.0, merged = 0.0;
-  for (Index t = 0; t < rank.rows(); ++t) {
+  const double all = exact_sum(scores.data(), rank.rows());
+  double kept = 0.0, merged = 0.0;
+  rank.for_best(lowest_candidate, [&](Index t, Rank of_row) {
     const auto score = static_cast<double>(scores[at(t)]);
-    all += score;
-    if (rank[t] < lowest_candidate) continue;
-    if (rank[t] >= lowest_kept) {
+    if (of_row >= lowest_kept) {
       kept += score;
       fate[at(t)] = RowFate::kept;
       row_class[at(t)] = static_cast<RowId>(kept_count);
@@ -116,7 +115,7 @@ inline void rank_head(const ScoreTable& table, Index h, const CandidateRule& rul
       merged += score;
       candidate_rows[candidate_count++] = static_cast<RowId>(t);
     }
-  }
+  });
   if (rule.mass_share > 0.f) {
     const auto more_important = [&](RowId a, RowId b) { return rank[a] > rank[b]; };
     std::sort(candidate_rows.begin(), candidate_rows.end(), more_important);

@@ -125,9 +125,8 @@ class GlobalLocalScorer {
 
   /// a such that mean(a * x) = mean(reference); 1 where either mean is 0 and nothing can be aligned.
   static double alignment(std::span<const float> reference, std::span<const float> x) noexcept {
-    double sum_reference = 0.0, sum_x = 0.0;
-    for (const float r : reference) sum_reference += static_cast<double>(r);
-    for (const float v : x) sum_x += static_cast<double>(v);
+    const double sum_reference = detail::exact_sum(reference.data(), static_cast<Index>(reference.size()));
+    const double sum_x = detail::exact_sum(x.data(), static_cast<Index>(x.size()));
     return sum_reference > 0.0 && sum_x > 0.0 ? sum_reference / sum_x : 1.0;
   }
 

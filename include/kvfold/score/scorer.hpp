@@ -6,6 +6,7 @@
 #include <concepts>
 
 #include "kvfold/detail/arena.hpp"
+#include "kvfold/detail/linalg.hpp"
 #include "kvfold/detail/rows.hpp"
 #include "kvfold/exec/executor.hpp"
 #include "kvfold/exec/workspace.hpp"
@@ -125,7 +126,12 @@ inline void trailing_max(std::span<const float> x, Index width, std::span<float>
   // out[j] covers `covered` rows: two such windows, one behind the other, cover more.
   for (Index covered = 1; covered < std::min(width, n);) {
     const Index step = std::min(covered, width - covered);
-    for (Index j = n - 1; j >= step; --j) out[at(j)] = std::max(out[at(j)], out[at(j - step)]);
+    Index j = n;  // the last ones first: each is made from those before it, as they were
+    for (; j - kLanes >= step; j -= kLanes) {
+      float* to = out.data() + j - kLanes;
+      store_lanes(larger(load_lanes(to), load_lanes(to - step)), to);
+    }
+    for (--j; j >= step; --j) out[at(j)] = std::max(out[at(j)], out[at(j - step)]);
     covered += step;
   }
 }
@@ -133,15 +139,16 @@ inline void trailing_max(std::span<const float> x, Index width, std::span<float>
 /// Joins [C][rows] columns into one row.
 inline void reduce_columns(std::span<const float> columns, Index rows, bool by_max, std::span<float> out) noexcept {
   const auto count = static_cast<Index>(columns.size()) / rows;
-  for (Index j = 0; j < rows; ++j) {
-    float best = columns[at(j)], sum = columns[at(j)];
-    for (Index c = 1; c < count; ++c) {
-      const float x = columns[at(c * rows + j)];
-      best = std::max(best, x);
-      sum += x;
+  std::copy_n(columns.begin(), rows, out.begin());
+  for (Index c = 1; c < count; ++c) {
+    const float* column = columns.data() + c * rows;
+    if (by_max) {
+      raise(out.data(), column, rows);
+    } else {
+      add(out.data(), column, rows);
     }
-    out[at(j)] = by_max ? best : sum / static_cast<float>(count);
   }
+  if (!by_max && count > 1) divide(out.data(), rows, static_cast<float>(count));
 }
 
 /// Whether a table is of the heads and rows of a view.
@@ -156,13 +163,12 @@ template <KVCacheView V>
 
 /// What every scorer checks before it looks at its evidence.
 template <class S, KVCacheView V, Executor X>
-[[nodiscard]] Status check_score_call(const S& scorer, const V& view, const ScoreTable& table,
-                                      const X& executor) noexcept {
+[[nodiscard]] Status check_score_call(const S& scorer, const V& view, const ScoreTable& table, X& executor) noexcept {
   if (Status bad = scorer.validate(); !bad.ok()) return bad;
   if (static_cast<Index>(executor.concurrency()) < 1) {
     return {StatusCode::invalid_argument, "executor", "concurrency() must be at least 1"};
   }
-  if (Status bad = check_view(view); !bad.ok()) return bad;
+  if (Status bad = check_view(view, executor); !bad.ok()) return bad;
   return check_table(view, table);
 }
 
