@@ -65,8 +65,13 @@ struct RowsTogether {
   /// Asks for kBytes ahead of those from unit `first` of row i on.
   template <Index kBytes>
   void fetch_after(Index i, Index first) const noexcept {
-    if constexpr (kBytes < kCacheLine) {  // many pieces, and much to do in each
-      fetch_line<Cache::kSecond>(row(i) + first, kFarAhead<E>);
+    if constexpr (kBytes < kCacheLine) {
+      // Many pieces, and much to do in each. A line is asked for with each of its own: first from memory, then from there.
+      if (first * static_cast<Index>(sizeof(E)) % kCacheLine == 0) {
+        fetch_line<Cache::kSecond>(row(i) + first, kFarAhead<E>);
+      } else {
+        fetch_line<Cache::kFirst>(row(i) + first, kFarAhead<E>);
+      }
     } else {
       for (Index offset = 0; offset + kCacheLine <= kBytes; offset += kCacheLine) fetch_far(row(i) + first, offset);
     }
