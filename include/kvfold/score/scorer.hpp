@@ -97,7 +97,7 @@ inline void pool_row(std::span<const float> x, Pool pool, std::span<float> out) 
   const auto n = static_cast<Index>(x.size());
   const Index reach = pool.width / 2;
   if (pool.kind == PoolKind::none || reach == 0) {
-    std::copy(x.begin(), x.end(), out.begin());
+    std::copy_n(x.begin(), n, out.begin());
     return;
   }
   if (pool.kind == PoolKind::max) {
