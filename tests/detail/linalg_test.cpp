@@ -30,5 +30,15 @@ TEST(CountAbove, AndPlacesAreOfTheSameNumbers) {
   }
 }
 
+TEST(SumInFp64, KeepsWhatFp32WouldDrop) {
+  std::vector<float> x;
+  double wanted = 0.0;
+  for (Index n = 0; n <= 40; ++n) {
+    EXPECT_EQ(sum_in_fp64(x.data(), n), wanted) << n;
+    x.push_back(n % 3 == 0 ? 0x1p40f : static_cast<float>(n));
+    wanted += static_cast<double>(x.back());
+  }
+}
+
 }  // namespace
 }  // namespace kvfold::detail

@@ -1,11 +1,12 @@
 #include <kvfold/score/scorer.hpp>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
 #include <gtest/gtest.h>
 
-#include "attention_oracle.hpp"
+#include "builders.hpp"
 
 namespace kvfold::test {
 namespace {
@@ -40,6 +41,51 @@ TEST(Protect, LeavesNoRowEvictableWhereAllAreProtected) {
     const Protect protect{.sinks = 4, .recent = 3};
     EXPECT_EQ(protect.first_evictable(rows), std::min<Index>(rows, 4));
     EXPECT_EQ(protect.end_evictable(rows), protect.first_evictable(rows));
+  }
+}
+
+[[nodiscard]] std::size_t at(Index i) { return static_cast<std::size_t>(i); }
+
+std::vector<float> weights(Index n, Random& random) {
+  std::vector<float> x(at(n));
+  for (float& w : x) w = static_cast<float>(random.uniform());
+  return x;
+}
+
+TEST(TrailingMax, IsOfAsManyRowsBeforeAsThereAre) {
+  Random random(5);
+  for (Index n = 1; n <= 70; ++n) {
+    const std::vector<float> x = weights(n, random);
+    for (const Index width : {1, 2, 3, 5, 8, 13, 40, 100}) {
+      std::vector<float> out(at(n + 1), -7.f);
+      detail::trailing_max(x, width, std::span(out).first(at(n)));
+      for (Index j = 0; j < n; ++j) {
+        const auto first = x.begin() + std::max<Index>(j - width, 0);
+        ASSERT_EQ(out[at(j)], j == 0 ? 0.f : *std::max_element(first, x.begin() + j)) << n << ' ' << width << ' ' << j;
+      }
+      EXPECT_EQ(out.back(), -7.f);
+    }
+  }
+}
+
+TEST(ReduceColumns, TakesTheLargestOrTheMeanOfAGroup) {
+  Random random(6);
+  for (const Index rows : {1, 7, 8, 33}) {
+    for (const Index count : {1, 3, 4}) {
+      const std::vector<float> columns = weights(count * rows, random);
+      for (const bool by_max : {true, false}) {
+        std::vector<float> out(at(rows));
+        detail::reduce_columns(columns, rows, by_max, out);
+        for (Index j = 0; j < rows; ++j) {
+          float most = 0.f, sum = 0.f;
+          for (Index c = 0; c < count; ++c) {
+            most = std::max(most, columns[at(c * rows + j)]);
+            sum += columns[at(c * rows + j)];
+          }
+          ASSERT_EQ(out[at(j)], by_max ? most : sum / static_cast<float>(count)) << rows << ' ' << count << ' ' << j;
+        }
+      }
+    }
   }
 }
 

@@ -46,7 +46,7 @@ struct EqualCountsScratch {
     const RowRanks rank(scores, table.protections(h), scratch.ranks.subspan(at(table.offset[at(h)]), scores.size()));
     const Rank lowest_of_fewer = rank.lowest_of_best(std::min(budgets[at(h)], count));
     const Rank lowest_of_more = rank.lowest_of_best(std::max(budgets[at(h)], count));
-    const double all = exact_sum(scores.data(), rank.rows());
+    const double all = sum_in_fp64(scores.data(), rank.rows());
     double between = 0.0;
     rank.for_best(lowest_of_more, [&](Index t, Rank of_row) {
       if (of_row < lowest_of_fewer) between += static_cast<double>(scores[at(t)]);

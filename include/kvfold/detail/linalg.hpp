@@ -80,8 +80,8 @@ inline void places_above(const float* x, Index n, float least, RowId* places) no
   }
 }
 
-/// In fp64, several numbers at a time.
-[[nodiscard]] inline double exact_sum(const float* x, Index n) noexcept {
+/// Several numbers at a time.
+[[nodiscard]] inline double sum_in_fp64(const float* x, Index n) noexcept {
   constexpr Index kSums = 8;
   const Index whole = n / kSums * kSums;
   double sums[kSums] = {}, sum = 0.0;

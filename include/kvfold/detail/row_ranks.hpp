@@ -62,7 +62,7 @@ class RowRanks {
     for (Index t = 0; t < rows(); t += kPiece) {
       const Index count = std::min(kPiece, rows() - t);
       if (!any_protected<kPiece>(t, count)) {
-        sum += exact_sum(scores_.data() + t, count);
+        sum += sum_in_fp64(scores_.data() + t, count);
         continue;
       }
       for (Index i = t; i < t + count; ++i) {

@@ -102,7 +102,7 @@ inline void rank_head(const ScoreTable& table, Index h, const CandidateRule& rul
   std::fill(fate.begin(), fate.end(), RowFate::evicted);
   std::fill(row_class.begin(), row_class.end(), RowId{-1});
   std::size_t kept_count = 0, candidate_count = 0;
-  const double all = exact_sum(scores.data(), rank.rows());
+  const double all = sum_in_fp64(scores.data(), rank.rows());
   double kept = 0.0, merged = 0.0;
   rank.for_best(lowest_candidate, [&](Index t, Rank of_row) {
     const auto score = static_cast<double>(scores[at(t)]);

@@ -125,8 +125,8 @@ class GlobalLocalScorer {
 
   /// a such that mean(a * x) = mean(reference); 1 where either mean is 0 and nothing can be aligned.
   static double alignment(std::span<const float> reference, std::span<const float> x) noexcept {
-    const double sum_reference = detail::exact_sum(reference.data(), static_cast<Index>(reference.size()));
-    const double sum_x = detail::exact_sum(x.data(), static_cast<Index>(x.size()));
+    const double sum_reference = detail::sum_in_fp64(reference.data(), static_cast<Index>(reference.size()));
+    const double sum_x = detail::sum_in_fp64(x.data(), static_cast<Index>(x.size()));
     return sum_reference > 0.0 && sum_x > 0.0 ? sum_reference / sum_x : 1.0;
   }
 
