@@ -44,7 +44,7 @@ TEST(Protect, LeavesNoRowEvictableWhereAllAreProtected) {
   }
 }
 
-[[nodiscard]] std::size_t at(Index i) { return static_cast<std::size_t>(i); }
+using detail::at;
 
 std::vector<float> weights(Index n, Random& random) {
   std::vector<float> x(at(n));

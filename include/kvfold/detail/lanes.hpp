@@ -49,21 +49,23 @@ inline void store_lanes(Lanes x, float* to) noexcept { *reinterpret_cast<LanesIn
 }
 
 inline constexpr Index kCacheLine = 64;  ///< bytes
+/// Where `offset` bytes after an address is, which need not be in what it points into.
+[[nodiscard]] inline std::uintptr_t place_after(const void* from, Index offset) noexcept {
+  return reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset);
+}
 enum class Cache { kFirst, kSecond };
 /// Asks for the cache line `offset` bytes after an address; harmless where nothing is. What is on its way to the first cache
 /// holds one of the few places that all reads need, so what is far ahead goes to the second.
 template <Cache kTo = Cache::kFirst>
 inline void fetch_line(const void* from, Index offset) noexcept {
-  const auto address = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset);
-  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, kTo == Cache::kFirst ? 3 : 2);
+  __builtin_prefetch(reinterpret_cast<const void*>(place_after(from, offset)), 0, kTo == Cache::kFirst ? 3 : 2);
   // g++ takes functions that do nothing but prefetch for ones without effects, and drops calls of them.
   asm volatile("");
 }
 
 /// Bytes from there to the next cache line, in [1, kCacheLine].
 [[nodiscard]] inline Index rest_of_line(const void* from, Index offset) noexcept {
-  const auto address = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset);
-  return kCacheLine - static_cast<Index>(address % kCacheLine);
+  return kCacheLine - static_cast<Index>(place_after(from, offset) % kCacheLine);
 }
 
 /// The larger and the smaller of each two, x where they do not compare. g++ does not find the instructions for this.

@@ -30,7 +30,7 @@ inline constexpr Index kMostAhead = 128;
 /// those. Harmless where nothing is.
 template <Stored E>
 void fetch_far(const E* from, Index offset) noexcept {
-  if ((reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset)) % kLookedUp < kCacheLine) {
+  if (place_after(from, offset) % kLookedUp < kCacheLine) {
     // Of each page another line: caches have the same places for lines 4096 bytes apart.
     for (Index i = 0; i < kLookedUp; i += kPageBytes + kCacheLine) {
       fetch_line<Cache::kSecond>(from, offset + kLookedUp + i);
@@ -131,9 +131,10 @@ struct RowsAnywhere {
   /// The ends of pieces of a line, and the row's beginning: rows may begin anywhere in a line.
   template <Index kBytes>
   void fetch_after(Index i, Index first) const noexcept {
+    static_assert(kBytes <= kCacheLine || kBytes % kCacheLine == 0);
     if (first == 0) fetch_line<Cache::kSecond>(to[i + ahead], 0);
-    for (Index end = kBytes % kCacheLine; end <= kBytes; end += kCacheLine) {
-      if (end > 0) fetch_line<Cache::kSecond>(to[i + ahead] + first, end - 1);
+    for (Index end = std::min(kBytes, kCacheLine); end <= kBytes; end += kCacheLine) {
+      fetch_line<Cache::kSecond>(to[i + ahead] + first, end - 1);
     }
   }
   [[nodiscard]] Index bytes() const noexcept { return units * static_cast<Index>(sizeof(E)); }

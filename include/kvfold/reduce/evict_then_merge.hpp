@@ -212,12 +212,12 @@ class EvictThenMerge {
   static float merged_share(const ScoreTable& table, const detail::Tiers& tiers) noexcept {
     double mean = 0.0;
     for (Index h = 0; h < table.heads(); ++h) {
-      double all = 0.0, merged = 0.0;
       const auto scores = table.scores(h);
       const auto fate = tiers.fate_of(h);
-      for (std::size_t t = 0; t < scores.size(); ++t) {
-        all += static_cast<double>(scores[t]);
-        if (fate[t] == RowFate::merged) merged += static_cast<double>(scores[t]);
+      const double all = detail::sum_in_fp64(scores.data(), table.rows(h));
+      double merged = 0.0;
+      for (const RowId t : tiers.candidates_of(h)) {
+        if (fate[detail::at(t)] == RowFate::merged) merged += static_cast<double>(scores[detail::at(t)]);
       }
       if (all > 0.0) mean += merged / all;
     }
