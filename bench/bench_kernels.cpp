@@ -78,8 +78,7 @@ void few(benchmark::State& state, const Settings& settings, bool dots, Index que
   const auto kernel = [&] {
     if constexpr (detail::kAreIntegers<E>) {
       if (!dots) return detail::add_few(weights.data(), rows, queries, stored, space, width, out.data(), width);
-      for (Index i = 0; i < queries; ++i) rounded.set(i, a.data() + i * width);
-      detail::few_dots(rounded, queries, stored, out.data(), rows);
+      detail::few_dots(rounded.set(a.data(), queries), stored, out.data(), rows);
     } else {
       if (!dots) return detail::add_few(weights.data(), rows, queries, stored, width, out.data(), width);
       detail::few_dots(a.data(), width, queries, stored, width, out.data(), rows);

@@ -330,6 +330,26 @@ TEST(Attend, ALogMassOfLogNWeighsAsMuchAsNEqualRows) {
   EXPECT_LT(relative_error(run_attend(merged, queries.view()).out, run_attend(repeated, queries.view()).out), 1e-6);
 }
 
+/// A cache that tells of log masses one by one.
+struct MassesOneByOne : RaggedCache<float> {
+  explicit MassesOneByOne(RaggedCache&& cache) : RaggedCache(std::move(cache)) {}
+  void stored_log_masses(Index, Index, Index) const = delete;
+};
+static_assert(HasStoredLogMass<RaggedCache<float>> && !HasStoredLogMass<MassesOneByOne>);
+
+TEST(Attend, LogMassesThatLieTogetherAreUsedInPlaceWithTheSameBits) {
+  const LayerShape shape{3, 3, 16, 10};
+  const auto cache = ragged_cache(shape, 1700);
+  const MassesOneByOne one_by_one(cache.clone().value());
+  for (const Index count : {1, 40}) {
+    const auto queries = make_queries(shape, count, 1700);
+    const auto got = run_attend(cache, queries.view()), wanted = run_attend(one_by_one, queries.view());
+    ASSERT_FALSE(wanted.out.empty());
+    EXPECT_EQ(got.out, wanted.out);
+    EXPECT_EQ(got.log_sum_exp, wanted.log_sum_exp);
+  }
+}
+
 // --- Numbers at the edge ---------------------------------------------------------------------------------------
 
 TEST(Attend, HugeLogitsDoNotOverflow) {
@@ -473,18 +493,21 @@ TEST(Attend, FindsABadLogMassInEveryPartOfLongRowsAndWritesNothing) {
     for (const float bad : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
       auto cache = make_cache(shape, kRows);
       cache.write_log_mass(1, bad_row, bad);
-      std::vector<float> data(4 * 6, -7.f), log_sum_exp(4, -7.f);
-      std::vector<std::byte> memory(bytes);
-      SerialExecutor executor;
-      const Status status = attend(cache, queries.view(),
-                                   {.data = data.data(), .head_stride = 6, .row_stride = 6, .log_sum_exp = log_sum_exp},
-                                   memory, executor);
-      EXPECT_EQ(status.code(), StatusCode::not_finite) << bad_row << " " << bad;
-      EXPECT_EQ(status.argument(), "log_mass");
-      EXPECT_EQ(status.head(), 1);
-      EXPECT_EQ(status.row(), bad_row);
-      EXPECT_EQ(data, std::vector<float>(4 * 6, -7.f));
-      EXPECT_EQ(log_sum_exp, std::vector<float>(4, -7.f));
+      const auto expect_found = [&](const auto& view) {
+        std::vector<float> data(4 * 6, -7.f), log_sum_exp(4, -7.f);
+        std::vector<std::byte> memory(bytes);
+        SerialExecutor executor;
+        const AttentionOutput out{.data = data.data(), .head_stride = 6, .row_stride = 6, .log_sum_exp = log_sum_exp};
+        const Status status = attend(view, queries.view(), out, memory, executor);
+        EXPECT_EQ(status.code(), StatusCode::not_finite) << bad_row << " " << bad;
+        EXPECT_EQ(status.argument(), "log_mass");
+        EXPECT_EQ(status.head(), 1);
+        EXPECT_EQ(status.row(), bad_row);
+        EXPECT_EQ(data, std::vector<float>(4 * 6, -7.f));
+        EXPECT_EQ(log_sum_exp, std::vector<float>(4, -7.f));
+      };
+      expect_found(cache);
+      expect_found(MassesOneByOne(cache.clone().value()));
     }
   }
 }

@@ -68,12 +68,10 @@ struct Taken {
 /// Rows of a rounded.
 struct Rounded {
   Taken<detail::RoundedRows> taken;
-  const detail::RoundedRows& rows = taken.value;
+  detail::RoundedRows rows;
 
   Rounded(const std::vector<float>& a, Index m, Index width) : taken(m, width) {
-    if constexpr (detail::kAreIntegers<BlockQ8_0>) {
-      for (Index i = 0; i < m; ++i) rows.set(i, a.data() + i * width);
-    }
+    if constexpr (detail::kAreIntegers<BlockQ8_0>) rows = taken.value.set(a.data(), m);
   }
   [[nodiscard]] double element(Index i) const {
     const auto value = static_cast<double>(rows.value[at(rows.place(i / rows.k, i % rows.k))]);
@@ -90,19 +88,21 @@ double largest_of(const float* x, Index n) {
 }
 
 TEST_F(RoundedRows, AreWithinHalfAUnitOfWhichTheLargestOfTheRowHas32767) {
-  constexpr Index kRows = 3, kWidth = 96;
+  constexpr Index kMost = 5, kWidth = 96;
   Random random(6);
-  std::vector<float> a = normals(kRows * kWidth, random);
+  std::vector<float> a = normals(kMost * kWidth, random);
   for (Index d = 0; d < kWidth; ++d) {
-    a[at(d)] = 0.f;
-    a[at(kWidth + d)] *= 1e-20f;
+    a[at(kWidth + d)] = 0.f;
+    a[at(2 * kWidth + d)] *= 1e-20f;
   }
-  const Rounded rounded(a, kRows, kWidth);
-  for (Index i = 0; i < kRows; ++i) {
-    const double largest = largest_of(a.data() + i * kWidth, kWidth);
-    for (Index e = i * kWidth; e < (i + 1) * kWidth; ++e) {
-      EXPECT_LE(std::abs(rounded.element(e) - static_cast<double>(a[at(e)])), largest / 32767 / 2 + 1e-7 * largest)
-          << e;
+  for (const Index rows : {Index{1}, Index{2}, kMost}) {
+    const Rounded rounded(a, rows, kWidth);
+    for (Index i = 0; i < rows; ++i) {
+      const double largest = largest_of(a.data() + i * kWidth, kWidth);
+      for (Index e = i * kWidth; e < (i + 1) * kWidth; ++e) {
+        EXPECT_LE(std::abs(rounded.element(e) - static_cast<double>(a[at(e)])), largest / 32767 / 2 + 1e-7 * largest)
+            << rows << " rows, " << e;
+      }
     }
   }
 }
@@ -129,10 +129,10 @@ TYPED_TEST(FewBlockRows, DotsAreThoseOfRoundedRowsAndNothingElseIsWritten) {
           const Rounded a(normals(m * width, random), m, width);
           const Index stride = n + 3;
           std::vector<float> got(at(m * stride), 77.f);
-          detail::few_dots(a.rows, m, together(b.blocks, width / kBlockSize), got.data(), stride);
+          detail::few_dots(a.rows, together(b.blocks, width / kBlockSize), got.data(), stride);
           std::vector<float> same(at(m * stride), 77.f);
           const Anywhere<TypeParam> anywhere(b.blocks, width / kBlockSize);
-          detail::few_dots(a.rows, m, anywhere.rows(), same.data(), stride);
+          detail::few_dots(a.rows, anywhere.rows(), same.data(), stride);
           ASSERT_EQ(same, got);
           for (Index i = 0; i < m; ++i) {
             for (Index j = 0; j < stride; ++j) {
@@ -178,7 +178,7 @@ TYPED_TEST(FewBlockRows, DotsOfTheLargestNumbersAreExact) {
     for (const Index m : {1, 4}) {
       const Rounded a(std::vector<float>(at(m * 64), -32767.f), m, 64);  // a unit of 1
       std::vector<float> got(at(m));
-      detail::few_dots(a.rows, m, together(largest_blocks<TypeParam>(2, 1.f), 2), got.data(), 1);
+      detail::few_dots(a.rows, together(largest_blocks<TypeParam>(2, 1.f), 2), got.data(), 1);
       for (const float x : got) EXPECT_EQ(x, 32767.f * kMostOf<TypeParam> * 64.f);
     }
   }
@@ -296,7 +296,7 @@ TYPED_TEST(FewBlockRows, BitsDoNotDependOnHowProductsAreAdded) {
       const Rounded rounded(a, m, kWidth);
       const auto products = [&](auto adding) {
         std::vector<float> dots(at(m * kRows)), sums(at(m * kWidth));
-        detail::few_dots<adding()>(rounded.rows, m, rows, dots.data(), kRows);
+        detail::few_dots<adding()>(rounded.rows, rows, dots.data(), kRows);
         detail::add_few<adding()>(weights.data(), kRows, m, rows, space.value, kWidth, sums.data(), kWidth);
         dots.insert(dots.end(), sums.begin(), sums.end());
         return dots;

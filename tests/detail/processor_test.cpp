@@ -5,6 +5,7 @@
 #include <iterator>
 #include <sstream>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <gmock/gmock.h>
@@ -16,11 +17,11 @@ namespace {
 using testing::Contains;
 using testing::Not;
 
-/// Of the first processor in /proc/cpuinfo; none on other systems and other kinds of processors.
-std::vector<std::string> flags_of_processor() {
+/// Words that /proc/cpuinfo says of the first processor under a name; none on other systems and other kinds of processors.
+std::vector<std::string> words_of_processor(std::string_view name) {
   std::ifstream file("/proc/cpuinfo");
   for (std::string line; std::getline(file, line);) {
-    if (!line.starts_with("flags")) continue;
+    if (!line.starts_with(name)) continue;
     std::istringstream words(line);
     return {std::istream_iterator<std::string>(words), {}};
   }
@@ -28,12 +29,22 @@ std::vector<std::string> flags_of_processor() {
 }
 
 TEST(Processor, HasAvxVnniWhereLinuxSaysSo) {
-  const std::vector<std::string> flags = flags_of_processor();
+  const std::vector<std::string> flags = words_of_processor("flags");
   if (flags.empty()) GTEST_SKIP() << "nothing to compare with";
   if (detail::has_avx_vnni()) {
     EXPECT_THAT(flags, Contains("avx_vnni"));
   } else if (KVFOLD_ENABLE_DISPATCH) {
     EXPECT_THAT(flags, Not(Contains("avx_vnni")));
+  }
+}
+
+TEST(Processor, IsAmdsWhereLinuxSaysSo) {
+  const std::vector<std::string> vendor = words_of_processor("vendor_id");
+  if (vendor.empty()) GTEST_SKIP() << "nothing to compare with";
+  if (detail::is_amd()) {
+    EXPECT_THAT(vendor, Contains("AuthenticAMD"));
+  } else if (KVFOLD_ENABLE_DISPATCH) {
+    EXPECT_THAT(vendor, Not(Contains("AuthenticAMD")));
   }
 }
 

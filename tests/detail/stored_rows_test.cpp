@@ -30,6 +30,11 @@ struct Pages {
   }
 };
 
+template <class Rows>
+constexpr bool kTogether = false;
+template <Stored E, detail::Cache kFar>
+constexpr bool kTogether<RowsTogether<E, kFar>> = true;
+
 /// What `with_stored_rows` calls with.
 struct Located {
   bool called = false, together = false, scaled = false;
@@ -44,7 +49,7 @@ Located locate(const F& stored, Index t, Index n) {
   std::vector<const float*> to(static_cast<std::size_t>(n + kMostAhead));
   std::vector<float> scales(static_cast<std::size_t>(n));
   const auto keep = [&](const auto& rows, bool scaled) {
-    got.together = std::is_same_v<std::remove_cvref_t<decltype(rows)>, RowsTogether<float>>;
+    got.together = kTogether<std::remove_cvref_t<decltype(rows)>>;
     got.count = rows.count;
     if constexpr (std::is_same_v<std::remove_cvref_t<decltype(rows)>, RowsAnywhere<float>>) got.ahead = rows.ahead;
     for (Index i = 0; i < rows.count + got.ahead; ++i) got.rows.push_back(rows.row(i));

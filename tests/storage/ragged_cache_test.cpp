@@ -321,6 +321,7 @@ TYPED_TEST(RaggedCacheTest, MoveRowCopiesBitsNanPayloadsIncluded) {
   }
   EXPECT_EQ(cache.position(1, 0), 3);
   EXPECT_EQ(cache.log_mass(1, 0), 2.5f);
+  EXPECT_EQ(cache.stored_log_masses(1, 0, 2)[0], 2.5f);
   expect_rows(cache, 0, numbers(4));
   expect_rows(cache, 2, numbers(4));
 }

@@ -291,6 +291,7 @@ TYPED_TEST(EveryPageLayout, KeptRowsKeepTheirBytesAndNothingElseIsWritten) {
       }
       EXPECT_EQ(view.position(h, t), from);
       EXPECT_EQ(view.log_mass(h, t), before.view().log_mass(h, from));
+      EXPECT_EQ(view.stored_log_masses(h, 4, 26)[ix(t - 4)], view.log_mass(h, t));
     }
   }
   EXPECT_TRUE(engine.same_pools(expected));
@@ -548,6 +549,7 @@ TEST(PagedView, WithoutAPlaceForLogMassesMergingIsRefused) {
   view.log_masses = {};
   EXPECT_FALSE(can_store_log_mass(view));
   EXPECT_EQ(view.log_mass(0, 0), 0.f);
+  EXPECT_TRUE(view.stored_log_masses(0, 0, 5).empty());
   view.write_log_mass(0, 0, 1.f);  // goes nowhere
   EXPECT_EQ(Ems({.score = {.window = 16}, .budget = {.rows = 25}, .reduce = {}})
                 .compress(view, queries.view())

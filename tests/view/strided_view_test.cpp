@@ -314,6 +314,7 @@ TEST(StridedViewOfFloats, WithoutAPlaceForLogMassesTheyAreZeroAndCannotBeStored)
   auto view = engine.view();
   EXPECT_FALSE(can_store_log_mass(view));
   EXPECT_EQ(log_mass_of(view, 0, 0), 0.f);
+  EXPECT_TRUE(view.stored_log_masses(0, 0, 5).empty());
   view.write_log_mass(0, 0, 1.f);  // goes nowhere
   EXPECT_EQ(log_mass_of(view, 0, 0), 0.f);
 }
@@ -329,6 +330,8 @@ TEST(StridedViewOfFloats, LogMassesAreStoredAndMoveWithTheRows) {
   EXPECT_EQ(masses[at(kCapacity + 20)], 1.5f);
   view.move_row(1, 20, 4);
   EXPECT_EQ(log_mass_of(view, 1, 4), 1.5f);
+  EXPECT_EQ(view.stored_log_masses(1, 3, 7).data(), &masses[at(kCapacity + 3)]);
+  EXPECT_EQ(view.stored_log_masses(1, 3, 7).size(), 7u);
   EXPECT_EQ(std::count(masses.begin(), masses.end(), 0.f), kHeads * kCapacity - 2);
 }
 

@@ -155,9 +155,7 @@ class AttendBlock {
     }
     scale(s_.queries.data(), count * shape_.key_dim, queries_.logit_scale());
     if constexpr (kInRegisters<Key> && kAreIntegers<Key>) {
-      for (Index r = 0; few_ && r < count; ++r) {
-        s_.rounded.set(r, s_.queries.data() + r * shape_.key_dim);
-      }
+      if (few_) rounded_ = s_.rounded.set(s_.queries.data(), count);
     }
     if (!few_) {
       columns_ = panel_columns(count);
@@ -174,6 +172,7 @@ class AttendBlock {
 
   void add_tile(Index t, Index n) noexcept {
     if (!few_) return add_tile_of_panels(t, n);
+    fetch_masses(t, n);
     set_logits(t, n);
     add_values(t, n);
   }
@@ -183,7 +182,7 @@ class AttendBlock {
     float* w = s_.weights.data();
     multiply_keys(view_, h_, t, n, s_.panels.data(), count_, s_.keys, w, columns_);
     if (load_masses(t, n)) {
-      for (Index j = 0; j < n; ++j) add_number(w + j * columns_, columns_, s_.masses[at(j)]);
+      for (Index j = 0; j < n; ++j) add_number(w + j * columns_, columns_, masses_[j]);
     }
     if (t + n > least_visible_) hide_unseen(w, columns_, n, visible_, t);
     float correction[kQueryTile];
@@ -207,7 +206,7 @@ class AttendBlock {
       const auto stored = [&](Index row, Index rows) { return view_.stored_keys(h_, row, rows); };
       const auto dots = [&](const auto& keys, bool scaled) {
         if constexpr (kAreIntegers<Key>) {
-          few_dots(s_.rounded, count_, keys, s_.weights.data(), tile_);
+          few_dots(rounded_, keys, s_.weights.data(), tile_);
         } else {
           few_dots(s_.queries.data(), width, count_, keys, width, s_.weights.data(), tile_);
         }
@@ -275,7 +274,7 @@ class AttendBlock {
     for (Index r = 0; r < count_; ++r) {
       float* w = s_.weights.data() + r * tile_;
       const Index seen = std::clamp<Index>(visible_[r] - t, 0, n);
-      if (any_mass) add(w, s_.masses.data(), seen);
+      if (any_mass) add(w, masses_, seen);
       std::fill(w + seen, w + n, 0.f);
       if (seen == 0) continue;
       const float new_max = std::max(max_[r], max_of(w, seen));
@@ -286,11 +285,26 @@ class AttendBlock {
     }
   }
 
-  /// \returns whether any of them is not 0.
+  /// Asks for what `load_masses` needs after the keys of these rows.
+  void fetch_masses(Index t, Index n) const noexcept {
+    if constexpr (HasStoredLogMass<V>) {
+      const auto masses = std::as_bytes(view_.stored_log_masses(h_, t, n));
+      for (Index i = 0; i < std::ssize(masses); i += kCacheLine) fetch_line<Cache::kSecond>(masses.data(), i);
+    }
+  }
+
+  /// Sets masses_. \returns whether any of them is not 0.
   bool load_masses(Index t, Index n) noexcept {
     if constexpr (HasLogMass<V>) {
-      for (Index j = 0; j < n; ++j) s_.masses[at(j)] = log_mass_of(view_, h_, t + j);
-      const float largest = largest_magnitude(s_.masses.data(), 1, n);
+      if constexpr (HasStoredLogMass<V>) {
+        const std::span<const float> stored = view_.stored_log_masses(h_, t, n);
+        if (stored.empty()) return false;
+        masses_ = stored.data();
+      } else {
+        for (Index j = 0; j < n; ++j) s_.masses[at(j)] = log_mass_of(view_, h_, t + j);
+        masses_ = s_.masses.data();
+      }
+      const float largest = largest_magnitude(masses_, 1, n);
       masses_are_finite_ = masses_are_finite_ && all_finite(&largest, 1);
       return largest != 0.f;
     }
@@ -315,6 +329,8 @@ class AttendBlock {
   bool few_ = false;
   Index tile_ = kPanelTile;
   bool masses_are_finite_ = true;  // of the rows that were loaded
+  RoundedRows rounded_;            // the queries, where they are few and keys are integers
+  const float* masses_ = nullptr;  // [n] of a tile
   const Key* keys_[kFewKeys + kMostAhead];
   const Value* values_[kFewKeys + kMostAhead];
   Index visible_[kQueryTile] = {};

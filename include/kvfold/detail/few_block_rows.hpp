@@ -49,13 +49,14 @@ struct Largest {
   }
 };
 
-/// Rows rounded to 16 bits: element d of row i is `unit[i] * value[place(i, d)]`, to 2^-16 of the largest of the row. Each is
-/// there kRowsOfWords times, as `WordsOfBlocks` wants it.
+/// A few rows rounded to 16 bits: element d of row i is `unit[i] * value[place(i, d)]`, to 2^-16 of the largest of the row.
 struct RoundedRows {
-  std::span<std::int16_t> value;  // [rows / kMostFewRows][k / kBlockSize][kMostFewRows][kSpreadBlock]
+  std::span<std::int16_t> value;  // [rows / kMostFewRows][k / kBlockSize][kMostFewRows][kSpreadBlock], of one row [k]
   std::span<float> unit;          // [rows]
   Index k = 0;                    // a multiple of kBlockSize where rows are set
+  Index count = 0;
 
+  /// Memory for up to so many, of which none is set.
   static RoundedRows take(Arena& arena, Index rows, Index k) noexcept {
     RoundedRows r;
     r.value = arena.take<std::int16_t>((rows + kMostFewRows - 1) / kMostFewRows * kMostFewRows, k, kRowsOfWords);
@@ -64,21 +65,36 @@ struct RoundedRows {
     return r;
   }
 
-  /// A block's elements of the rows that are worked on together lie together.
+  /// Of several, a block's elements of those that are worked on together lie together, and each is there kRowsOfWords times,
+  /// as `WordsOfBlocks` wants it.
   [[nodiscard]] constexpr Index place(Index i, Index d) const noexcept {
+    if (count == 1) return d;
     const Index in_group = i % kMostFewRows;
     return kRowsOfWords * ((i - in_group) * k + (d / kBlockSize * kMostFewRows + in_group) * kBlockSize) +
            place_of_word(d % kBlockSize);
   }
 
-  void set(Index i, const float* row) const noexcept {
+  /// The n rows at `rows`, [n][k].
+  [[nodiscard]] RoundedRows set(const float* rows, Index n) const noexcept {
+    RoundedRows result = *this;
+    result.count = n;
+    for (Index i = 0; i < n; ++i) result.set_row(i, rows + i * k);
+    return result;
+  }
+
+ private:
+  void set_row(Index i, const float* row) const noexcept {
     const Largest largest(row, k);
     const float factor = kMostUnits * largest.inverse;
     for (Index d = 0; d < k; d += 2 * kLanes) {
       std::int16_t words[2 * kLanes];
       const auto scaled = [&](Index e) { return load_lanes(row + e) * factor; };
       store_rounded_lanes(scaled(d), scaled(d + kLanes), words);
-      spread_words(words, value.data() + place(i, d));
+      if (std::int16_t* to = value.data() + place(i, d); count == 1) {
+        std::copy_n(words, 2 * kLanes, to);
+      } else {
+        spread_words(words, to);
+      }
     }
     unit[static_cast<std::size_t>(i)] = largest.magnitude / kMostUnits;
   }
@@ -158,20 +174,39 @@ void few_dots_of(const RoundedRows& a, Index row, const Rows& b, float* c, Index
   });
 }
 
-/// c = a * b^T for a [m][k], rows b of k numbers and c [m][rows of b] with a row stride.
+/// The same for one row of a, which stays in registers while one row of b after the other is multiplied with it.
+template <Adding kAdding, class Rows>
+void dots_of_one(const RoundedRows& a, const Rows& b, float* c) noexcept {
+  using E = typename Rows::Unit;
+  constexpr Index kColumns = 8;
+  typename Rows::Ahead next(b, 0);
+  for_columns<kColumns>(b, [&](const auto& rows, Index first, auto count) {
+    Lanes sums[kLanes];
+    clear(sums);
+    for (Index u = 0; u < a.k / kBlockSize; ++u) {
+      next.template fetch<bytes_of<E>(kColumns * kBlockSize)>();
+      const BlockOfWords words(a.value.data() + u * kBlockSize);
+      for (Index j = 0; j < kColumns; ++j) sums[j] = words.template add_dots<kAdding>(rows[j][u], sums[j]);
+    }
+    store_first_lanes(sums_of_each(sums) * a.unit[0], count, c + first);
+  });
+}
+
+/// c = a * b^T for rows a and b of k numbers and c [rows of a][rows of b] with a row stride.
 template <Adding kAdding, class Rows>
   requires kAreIntegers<typename Rows::Unit>
-void few_dots(const RoundedRows& a, Index m, const Rows& b, float* c, Index c_stride) noexcept {
+void few_dots(const RoundedRows& a, const Rows& b, float* c, Index c_stride) noexcept {
+  if (a.count == 1) return dots_of_one<kAdding>(a, b, c);
   for (Index first = 0; first < b.count; first += kRoundedDepth) {
     const Rows some = b.part(first, kRoundedDepth);
     for_groups_of_rows<kMostFewRows>(
-        m, [&](Index i, auto rows) { few_dots_of<rows(), kAdding>(a, i, some, c + i * c_stride + first, c_stride); });
+        a.count, [&](Index i, auto rows) { few_dots_of<rows(), kAdding>(a, i, some, c + i * c_stride + first, c_stride); });
   }
 }
 template <class Rows>
   requires kAreIntegers<typename Rows::Unit>
-void few_dots(const RoundedRows& a, Index m, const Rows& b, float* c, Index c_stride) noexcept {
-  with_fastest_adding([&](auto adding) { few_dots<adding()>(a, m, b, c, c_stride); });
+void few_dots(const RoundedRows& a, const Rows& b, float* c, Index c_stride) noexcept {
+  with_fastest_adding([&](auto adding) { few_dots<adding()>(a, b, c, c_stride); });
 }
 
 /// to = from, kRoundedDepth numbers in units of which the largest has `most`. \returns the unit
@@ -191,27 +226,33 @@ void add_block(const std::int16_t* factors, const float* unit, const Rows& b, In
   typename Rows::Ahead ahead = next;                                                                    // in registers
   constexpr Index kPart = 2 * kLanes, kParts = std::min<Index>(kRows > 2 ? 1 : 2, kBlockSize / kPart);  // in registers
   constexpr Index kBytes = bytes_asked<E>(2 * kParts * kPart, kAskedWithSums);  // of two rows, each time they are read
+  constexpr Index kSets = kRows * kParts < 4 ? 4 / (kRows * kParts) : 1;  // a sum waits for its last step: eight take turns
   for (Index d = 0; d < kBlockSize; d += kParts * kPart) {
-    SumsOfRows sums[kMostFewRows][2];
+    SumsOfRows sums[std::size_t{kSets}][kMostFewRows][2];
     typename Rows::Walk walk(b, block);
-    const auto add = [&](const E& one, const E& other, Index j) {
+    const auto add = [&](const E& one, const E& other, Index j, Index set) {
       for (Index p = 0; p < kParts; ++p) {
         const PairsOfRows rows(one, other, d + p * kPart);
-        for (Index i = 0; i < kRows; ++i) sums[i][p].template add<kAdding>(rows, factors + i * kRoundedDepth + j);
+        for (Index i = 0; i < kRows; ++i) sums[set][i][p].template add<kAdding>(rows, factors + i * kRoundedDepth + j);
       }
     };
     Index j = 0;
-    for (; j + 1 < b.count; j += 2) {
-      ahead.template fetch<kBytes>();
-      const E* one = walk.next();
-      add(*one, *walk.next(), j);
+    for (; j + 2 * kSets <= b.count; j += 2 * kSets) {
+      for (Index set = 0; set < kSets; ++set) {
+        ahead.template fetch<kBytes>();
+        const E* one = walk.next();
+        add(*one, *walk.next(), j + 2 * set, set);
+      }
     }
-    if (j < b.count) {
-      const E* last = walk.next();
-      add(*last, *last, j);  // once times 0
+    for (; j < b.count; j += 2) {
+      const E* one = walk.next();
+      add(*one, j + 1 < b.count ? *walk.next() : *one, j, 0);  // the last one again, times 0
     }
     for (Index i = 0; i < kRows; ++i) {
-      for (Index p = 0; p < kParts; ++p) sums[i][p].add_to(c + i * c_stride + d + p * kPart, unit[i]);
+      for (Index p = 0; p < kParts; ++p) {
+        for (Index set = 1; set < kSets; ++set) sums[0][i][p].add(sums[set][i][p]);
+        sums[0][i][p].add_to(c + i * c_stride + d + p * kPart, unit[i]);
+      }
     }
   }
   next = ahead;

@@ -22,6 +22,16 @@ namespace kvfold::detail {
   return has;
 }
 
+/// Whether AMD has made it.
+[[nodiscard]] inline bool is_amd() noexcept {
+  static const bool is = []() noexcept {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid(0, &a, &b, &c, &d) == 0) return false;
+    return b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
+  }();
+  return is;
+}
+
 }  // namespace kvfold::detail
 
 #else
@@ -29,6 +39,7 @@ namespace kvfold::detail {
 namespace kvfold::detail {
 
 [[nodiscard]] constexpr bool has_avx_vnni() noexcept { return false; }
+[[nodiscard]] constexpr bool is_amd() noexcept { return false; }
 
 }  // namespace kvfold::detail
 

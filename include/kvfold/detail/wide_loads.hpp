@@ -147,6 +147,17 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 #endif
 }
 
+/// One fp16 number in all lanes.
+[[nodiscard]] inline Lanes f16_in_all_lanes(const void* from) noexcept {
+  std::int16_t bits;
+  std::memcpy(&bits, from, sizeof bits);
+#if defined(__AVX512BW__)
+  return _mm512_maskz_cvtph_ps(kAllLanes, _mm256_set1_epi16(bits));
+#else
+  return _mm256_cvtph_ps(_mm_set1_epi16(bits));
+#endif
+}
+
 /// Four fp16 numbers from the addresses that at(0) to at(3) give, of which four bytes can be read each.
 template <class F>
 [[nodiscard]] __m128i gather_4_f16(F at) noexcept {

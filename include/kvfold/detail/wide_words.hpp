@@ -197,6 +197,9 @@ inline void store_rounded_lanes(Lanes low, Lanes high, std::int16_t* to) noexcep
 
 #endif
 
+[[nodiscard]] inline Words sums_of(Words x, Words y) noexcept {
+  return reinterpret_cast<Words>(reinterpret_cast<IntLanes>(x) + reinterpret_cast<IntLanes>(y));
+}
 [[nodiscard]] inline Lanes to_lanes(Words sums) noexcept {
   return __builtin_convertvector(reinterpret_cast<IntLanes>(sums), Lanes);
 }
@@ -249,6 +252,28 @@ class WordsOfBlocks {
   Lanes scales_;
 };
 
+/// A block of another row, which is multiplied with one block after the other.
+class BlockOfWords {
+ public:
+  /// \param words [kBlockSize], in their order
+  explicit BlockOfWords(const std::int16_t* words) noexcept {
+    for (Index i = 0; i < kParts; ++i) words_[i] = in_register(load_words(words + i * 2 * kLanes));
+  }
+  /// sums + what it means times what a block of a row means; exact before the block's scale.
+  template <Adding kAdding, class Block>
+  [[nodiscard]] Lanes add_dots(const Block& block, Lanes sums) const noexcept {
+    Words dots = products(load_words(block, 0), words_[0]);
+    for (Index i = 1; i < kParts; ++i) {
+      dots = in_register(add_products<kAdding>(dots, words_[i], load_words(block, i * 2 * kLanes)));
+    }
+    return in_register(to_lanes(dots) * f16_in_all_lanes(&block.scale) + sums);
+  }
+
+ private:
+  static constexpr Index kParts = kBlockSize / (2 * kLanes);
+  Words words_[kParts];
+};
+
 /// 2 * kLanes elements of a block from `first` on, before they are scaled, and those below them in another row.
 struct PairsOfRows {
   Words low, high;
@@ -271,6 +296,10 @@ class SumsOfRows {
     const Words by = in_all_lanes(pair);
     low_ = in_register(add_products<kAdding>(low_, rows.low, by));  // which g++ else keeps on the stack
     high_ = in_register(add_products<kAdding>(high_, rows.high, by));
+  }
+  void add(const SumsOfRows& other) noexcept {
+    low_ = sums_of(low_, other.low_);
+    high_ = sums_of(high_, other.high_);
   }
   /// to += unit * sums, for 2 * kLanes columns.
   void add_to(float* to, float unit) const noexcept { add_to(to, unit, std::make_index_sequence<kLanes>{}); }
@@ -303,6 +332,11 @@ struct WordsOfBlocks {
   template <Adding kAdding>
   [[nodiscard]] Lanes add_dots(const std::int16_t* words, Lanes sums) const noexcept;
 };
+struct BlockOfWords {
+  explicit BlockOfWords(const std::int16_t* words) noexcept;
+  template <Adding kAdding, class Block>
+  [[nodiscard]] Lanes add_dots(const Block& block, Lanes sums) const noexcept;
+};
 struct PairsOfRows {
   template <class Block>
   PairsOfRows(const Block& block, const Block& other, Index first) noexcept;
@@ -310,6 +344,7 @@ struct PairsOfRows {
 struct SumsOfRows {
   template <Adding kAdding>
   void add(const PairsOfRows& rows, const std::int16_t* factors) noexcept;
+  void add(const SumsOfRows& other) noexcept;
   void add_to(float* to, float unit) const noexcept;
 };
 

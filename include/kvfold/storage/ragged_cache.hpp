@@ -155,6 +155,9 @@ class RaggedCache {
   [[nodiscard]] Index size(Index h) const noexcept { return head(h).rows; }
   [[nodiscard]] Position position(Index h, Index t) const noexcept { return positions(head(h))[t]; }
   [[nodiscard]] float log_mass(Index h, Index t) const noexcept { return log_masses(head(h))[t]; }
+  [[nodiscard]] std::span<const float> stored_log_masses(Index h, Index t, Index n) const noexcept {
+    return {log_masses(head(h)) + t, static_cast<std::size_t>(n)};
+  }
   [[nodiscard]] Rope rope() const noexcept { return rope_; }
   [[nodiscard]] Index row_bytes(Index /*h*/) const noexcept {
     Index bytes = 0;

@@ -56,6 +56,15 @@ concept HasLogMass = requires(const V& v, Index h, Index t) {
 };
 // clang-format on
 
+/// Optional: where the log masses of rows [t, t + n) lie one after the other, so that they can be asked for ahead and used in
+/// place. Nothing where those of all rows are 0.
+// clang-format off
+template <class V>
+concept HasStoredLogMass = HasLogMass<V> && requires(const V& v, Index h, Index t, Index n) {
+  { v.stored_log_masses(h, t, n) } noexcept -> std::same_as<std::span<const float>>;
+};
+// clang-format on
+
 /// Optional: log masses can be stored too.
 // clang-format off
 template <class V>

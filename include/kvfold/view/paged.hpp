@@ -142,6 +142,10 @@ struct PagedView {
   [[nodiscard]] float log_mass(Index h, Index t) const noexcept {
     return log_masses.empty() ? 0.f : log_masses[detail::at(h * log_mass_stride + t)];
   }
+  [[nodiscard]] std::span<const float> stored_log_masses(Index h, Index t, Index n) const noexcept {
+    if (log_masses.empty()) return {};
+    return log_masses.subspan(detail::at(h * log_mass_stride + t), detail::at(n));
+  }
   [[nodiscard]] bool stores_log_mass() const noexcept { return !log_masses.empty(); }
 
   // --- MutableKVCacheView ------------------------------------------------------------------------------------------

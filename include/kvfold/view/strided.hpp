@@ -129,6 +129,10 @@ struct StridedView {
   [[nodiscard]] float log_mass(Index h, Index t) const noexcept {
     return log_masses.empty() ? 0.f : log_masses[index(h * log_mass_stride + t)];
   }
+  [[nodiscard]] std::span<const float> stored_log_masses(Index h, Index t, Index n) const noexcept {
+    if (log_masses.empty()) return {};
+    return log_masses.subspan(index(h * log_mass_stride + t), index(n));
+  }
   /// Whether there is a place for log masses; asked before anything is written.
   [[nodiscard]] bool stores_log_mass() const noexcept { return !log_masses.empty(); }
 
