@@ -133,12 +133,14 @@ struct BlockSpace {
   template <class Rows>
   void read_scales(const Rows& b, Index blocks, typename Rows::Ahead& next) const noexcept {
     constexpr Index kBytes = bytes_asked<typename Rows::Unit>(kLanes * kBlockSize, kAskedWithScales);
+    typename Rows::Ahead ahead = next;  // in registers
     for_columns<kLanes>(b, [&](const auto& rows, Index first, auto) {
       for (Index u = 0; u < blocks; ++u) {
-        next.template fetch<kBytes>();
+        ahead.template fetch<kBytes>();
         store_lanes(gather_f16_lanes([&](Index i) { return &rows[i][u].scale; }), scales_of(u) + first);
       }
     });
+    next = ahead;
     for (Index j = (b.count + kLanes - 1) / kLanes * kLanes; j < kRoundedDepth; j += kLanes) {
       for (Index u = 0; u < blocks; ++u) store_lanes(Lanes{}, scales_of(u) + j);
     }
@@ -199,8 +201,9 @@ void few_dots(const RoundedRows& a, const Rows& b, float* c, Index c_stride) noe
   if (a.count == 1) return dots_of_one<kAdding>(a, b, c);
   for (Index first = 0; first < b.count; first += kRoundedDepth) {
     const Rows some = b.part(first, kRoundedDepth);
-    for_groups_of_rows<kMostFewRows>(
-        a.count, [&](Index i, auto rows) { few_dots_of<rows(), kAdding>(a, i, some, c + i * c_stride + first, c_stride); });
+    for_groups_of_rows<kMostFewRows>(a.count, [&](Index i, auto rows) {
+      few_dots_of<rows(), kAdding>(a, i, some, c + i * c_stride + first, c_stride);
+    });
   }
 }
 template <class Rows>
@@ -226,7 +229,8 @@ void add_block(const std::int16_t* factors, const float* unit, const Rows& b, In
   typename Rows::Ahead ahead = next;                                                                    // in registers
   constexpr Index kPart = 2 * kLanes, kParts = std::min<Index>(kRows > 2 ? 1 : 2, kBlockSize / kPart);  // in registers
   constexpr Index kBytes = bytes_asked<E>(2 * kParts * kPart, kAskedWithSums);  // of two rows, each time they are read
-  constexpr Index kSets = kRows * kParts < 4 ? 4 / (kRows * kParts) : 1;  // a sum waits for its last step: eight take turns
+  constexpr Index kSets =
+      kRows * kParts < 4 ? 4 / (kRows * kParts) : 1;  // a sum waits for its last step: eight take turns
   for (Index d = 0; d < kBlockSize; d += kParts * kPart) {
     SumsOfRows sums[std::size_t{kSets}][kMostFewRows][2];
     typename Rows::Walk walk(b, block);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <bit>
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 
@@ -43,6 +44,14 @@ template <Stored E>
     return load_f16_lanes(from);
   }
 }
+/// Registers that are best loaded at a time: fp8 is converted 16 numbers at a time.
+template <Stored E>
+inline constexpr Index kLoadedTogether = std::same_as<E, Float8E4M3>&& kLanes == 8 ? 2 : 1;
+template <Stored E>
+void load_lanes_of(const E* from, Lanes (&to)[1]) noexcept {
+  to[0] = load_lanes_of(from);
+}
+inline void load_lanes_of(const Float8E4M3* from, Lanes (&to)[2]) noexcept { load_twice_f8_lanes(from, to); }
 /// One of them.
 template <Stored E>
 [[nodiscard]] float load_lane_of(E x) noexcept {
@@ -67,22 +76,24 @@ inline constexpr Index kFewColumns = kLanes / (kRows == 3 ? 4 : kRows);
 template <Index kRows, class Rows>
 void few_dots_of(const float* a, Index a_stride, const Rows& b, Index k, float* c, Index c_stride) noexcept {
   using E = typename Rows::Unit;
-  constexpr Index kColumns = kFewColumns<kRows>;
+  constexpr Index kColumns = kFewColumns<kRows>, kStep = kLoadedTogether<E>;
   typename Rows::Ahead next(b, 0);
   for_columns<kColumns>(b, [&](const auto& rows, Index first, auto count) {
     Lanes sums[kLanes];
     clear(sums);
     Index d = 0;
-    for (; d + kLanes <= k; d += kLanes) {
-      next.template fetch<bytes_of<E>(kColumns * kLanes)>();
-      Lanes y[kLanes];
+    for (; d + kStep * kLanes <= k; d += kStep * kLanes) {
+      next.template fetch<bytes_of<E>(kColumns * kStep * kLanes)>();
+      Lanes y[kLanes][std::size_t{kStep}];
       for (Index j = 0; j < kColumns; ++j) {
-        y[j] = load_lanes_of(rows[j] + d);
-        if constexpr (kRows > 1) y[j] = in_register(y[j]);  // else it is used only once
+        load_lanes_of(rows[j] + d, y[j]);
+        for (Index s = 0; kRows > 1 && s < kStep; ++s) y[j][s] = in_register(y[j][s]);  // else it is used only once
       }
       for (Index i = 0; i < kRows; ++i) {
-        const Lanes x = in_register(load_lanes(a + i * a_stride + d));
-        for (Index j = 0; j < kColumns; ++j) sums[i * kColumns + j] = x * y[j] + sums[i * kColumns + j];
+        for (Index s = 0; s < kStep; ++s) {
+          const Lanes x = in_register(load_lanes(a + i * a_stride + d + s * kLanes));
+          for (Index j = 0; j < kColumns; ++j) sums[i * kColumns + j] = x * y[j][s] + sums[i * kColumns + j];
+        }
       }
     }
     float out[kLanes];
@@ -127,6 +138,7 @@ template <Index kRows, Index kWidth, class Rows>
 Index add_few_of(const float* a, Index a_stride, const Rows& b, Index n, float* c, Index c_stride,
                  Index first) noexcept {
   using E = typename Rows::Unit;
+  constexpr Index kStep = std::min(kLoadedTogether<E>, kWidth);
   for (; first + kWidth * kLanes <= n; first += kWidth * kLanes) {
     Lanes sums[kMostFewRows][kMostWidth];
     for (Index i = 0; i < kRows; ++i) {
@@ -135,10 +147,18 @@ Index add_few_of(const float* a, Index a_stride, const Rows& b, Index n, float* 
     for (Index j = 0; j < b.count; ++j) {
       const E* row = b.row(j) + first;
       b.template fetch_after<bytes_of<E>(kWidth * kLanes)>(j, first);
-      for (Index x = 0; x < kWidth; ++x) {
-        const Lanes loaded = load_lanes_of(row + x * kLanes);
+      const auto add = [&](Lanes loaded, Index x) {
         const Lanes y = kRows > 1 ? in_register(loaded) : loaded;  // else it is used only once
         for (Index i = 0; i < kRows; ++i) sums[i][x] = a[i * a_stride + j] * y + sums[i][x];
+      };
+      for (Index x = 0; x < kWidth; x += kStep) {
+        if constexpr (kStep == 1) {
+          add(load_lanes_of(row + x * kLanes), x);
+        } else {
+          Lanes loaded[std::size_t{kStep}];
+          load_lanes_of(row + x * kLanes, loaded);
+          for (Index s = 0; s < kStep; ++s) add(loaded[s], x + s);
+        }
       }
     }
     for (Index i = 0; i < kRows; ++i) {

@@ -27,17 +27,17 @@ inline constexpr Index kPageBytes = 4096, kLookedUp = 8 * kPageBytes;
 /// Of how many rows at most, where each has an address of its own.
 inline constexpr Index kMostAhead = 128;
 
-/// Asks for the line kFarAhead after `offset` bytes from an address, and once in kLookedUp bytes for one of each page after
-/// those. Harmless where nothing is.
-template <Cache kTo, Stored E>
+/// Asks for lines of the kBytes that lie kFarAhead after `offset` bytes from an address, and once in kLookedUp bytes for one of
+/// each page after those. What follows is asked for from `offset + kBytes` on. Harmless where nothing is.
+template <Cache kTo, Index kBytes, Stored E>
 void fetch_far(const E* from, Index offset) noexcept {
-  if (place_after(from, offset) % kLookedUp < kCacheLine) {
+  if (place_after(from, offset) % kLookedUp < kBytes) {
     // Of each page another line: caches have the same places for lines 4096 bytes apart.
     for (Index i = 0; i < kLookedUp; i += kPageBytes + kCacheLine) {
       fetch_line<Cache::kSecond>(from, offset + kLookedUp + i);
     }
   }
-  fetch_line<kTo>(from, offset + kFarAhead<E>);
+  for (Index i = 0; i < kBytes; i += kCacheLine) fetch_line<kTo>(from, offset + i + kFarAhead<E>);
 }
 
 /// Rows one after the other, without gaps. What is asked for ahead, in the cache kFar, is what follows in memory.
@@ -74,7 +74,7 @@ struct RowsTogether {
         fetch_line<Cache::kFirst>(row(i) + first, kFarAhead<E>);
       }
     } else {
-      for (Index offset = 0; offset + kCacheLine <= kBytes; offset += kCacheLine) fetch_far<kFar>(row(i) + first, offset);
+      fetch_far<kFar, kBytes>(row(i) + first, 0);
     }
   }
 
@@ -86,16 +86,16 @@ struct RowsTogether {
 
     template <Index kBytes>
     void fetch() noexcept {
-      for (Index i = 0; i < kBytes; i += kCacheLine) {
-        fetch_far<kFar>(from_, line_ + i);
-        if constexpr (kInBlocks<E>) fetch_line<Cache::kFirst>(from_, line_ + i + kNearAhead);
+      fetch_far<kFar, kBytes>(from_, next_);
+      if constexpr (kInBlocks<E>) {
+        for (Index i = 0; i < kBytes; i += kCacheLine) fetch_line<Cache::kFirst>(from_, next_ + i + kNearAhead);
       }
-      line_ += kBytes;
+      next_ += kBytes;
     }
 
    private:
     const E* from_;
-    Index line_ = 0;
+    Index next_ = 0;  // bytes after that
   };
 };
 

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -137,6 +138,17 @@ inline Index load_wide_i4(const void* from, Index n, float scale, float* to) noe
 #endif
 }
 
+/// 2 * kLanes of them.
+inline void load_twice_f8_lanes(const void* from, Lanes (&to)[2]) noexcept {
+#if defined(__AVX512BW__)
+  for (Index i = 0; i < 2; ++i) to[i] = load_f8_lanes(static_cast<const std::byte*>(from) + i * kLanes);
+#else
+  const __m256i halves = f16_of_16_f8(load_16_bytes(from));
+  to[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+  to[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+#endif
+}
+
 /// kLanes bf16 numbers.
 [[nodiscard]] inline Lanes load_bf16_lanes(const void* from) noexcept {
 #if defined(__AVX512BW__)
@@ -203,6 +215,7 @@ inline constexpr bool kHasWideLoads = false;
 Lanes load_f16_lanes(const void* from) noexcept;  // these only where there are wide loads
 Lanes load_i8_lanes(const void* from) noexcept;
 Lanes load_f8_lanes(const void* from) noexcept;
+void load_twice_f8_lanes(const void* from, Lanes (&to)[2]) noexcept;
 template <class F>
 Lanes gather_f16_lanes(F at) noexcept;
 float wide_f16(std::uint16_t bits) noexcept;
