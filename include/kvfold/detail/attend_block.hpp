@@ -289,7 +289,8 @@ class AttendBlock {
   void fetch_masses(Index t, Index n) const noexcept {
     if constexpr (HasStoredLogMass<V>) {
       const auto masses = std::as_bytes(view_.stored_log_masses(h_, t, n));
-      for (Index i = 0; i < std::ssize(masses); i += kCacheLine) fetch_line<Cache::kSecond>(masses.data(), i);
+      for (Index i = 0; i < std::ssize(masses) + kCacheLine; i += kCacheLine)
+        fetch_line<Cache::kSecond>(masses.data(), i);
     }
   }
 

@@ -229,8 +229,8 @@ void add_block(const std::int16_t* factors, const float* unit, const Rows& b, In
   typename Rows::Ahead ahead = next;                                                                    // in registers
   constexpr Index kPart = 2 * kLanes, kParts = std::min<Index>(kRows > 2 ? 1 : 2, kBlockSize / kPart);  // in registers
   constexpr Index kBytes = bytes_asked<E>(2 * kParts * kPart, kAskedWithSums);  // of two rows, each time they are read
-  constexpr Index kSets =
-      kRows * kParts < 4 ? 4 / (kRows * kParts) : 1;  // a sum waits for its last step: eight take turns
+  // A sum waits for its last step, so eight take turns.
+  constexpr Index kSets = kRows * kParts < 4 ? 4 / (kRows * kParts) : 1;
   for (Index d = 0; d < kBlockSize; d += kParts * kPart) {
     SumsOfRows sums[std::size_t{kSets}][kMostFewRows][2];
     typename Rows::Walk walk(b, block);

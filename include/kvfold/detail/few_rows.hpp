@@ -46,7 +46,7 @@ template <Stored E>
 }
 /// Registers that are best loaded at a time: fp8 is converted 16 numbers at a time.
 template <Stored E>
-inline constexpr Index kLoadedTogether = std::same_as<E, Float8E4M3>&& kLanes == 8 ? 2 : 1;
+inline constexpr Index kLoadedTogether = (std::same_as<E, Float8E4M3> && kLanes == 8) ? 2 : 1;
 template <Stored E>
 void load_lanes_of(const E* from, Lanes (&to)[1]) noexcept {
   to[0] = load_lanes_of(from);
