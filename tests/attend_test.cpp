@@ -3,6 +3,7 @@
 #include <kvfold/view/paged.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -178,7 +179,7 @@ struct OtherPlaces {
   LayerShape shape;
   Index tokens, pages = (tokens + kPage - 1) / kPage, units = shape.key_dim / kUnit<E>;
   std::vector<E> keys, values;
-  std::vector<float> key_scales, value_scales;
+  std::vector<float> key_scales, value_scales, masses;
   std::vector<PageId> table;
   std::vector<Index> rows;
 
@@ -188,8 +189,12 @@ struct OtherPlaces {
         keys(at(pages * kPage * shape.kv_heads * units)),
         values(keys),
         key_scales(at(pages * kPage * shape.kv_heads)),
-        value_scales(key_scales) {
-    for (Index h = 0; h < shape.kv_heads; ++h) rows.push_back(cache.size(h));
+        value_scales(key_scales),
+        masses(at(shape.kv_heads * longest)) {
+    for (Index h = 0; h < shape.kv_heads; ++h) {
+      rows.push_back(cache.size(h));
+      for (Index t = 0; t < cache.size(h); ++t) masses[at(h * tokens + t)] = cache.log_mass(h, t);
+    }
   }
 
   /// \param page_of the page of a token's page
@@ -216,7 +221,9 @@ struct OtherPlaces {
                               .key_strides = strides,
                               .values = values.data(),
                               .value_strides = strides,
-                              .rows = rows};
+                              .rows = rows,
+                              .log_masses = masses,
+                              .log_mass_stride = tokens};
     if constexpr (kRowScaled<E>) {
       view.key_scales = key_scales.data();
       view.value_scales = value_scales.data();
@@ -235,6 +242,8 @@ struct OtherPlaces {
                             .value_strides = strides};
     view.tables = table;
     view.rows = rows;
+    view.log_masses = masses;
+    view.log_mass_stride = tokens;
     if constexpr (kRowScaled<E>) {
       view.key_scales = key_scales.data();
       view.value_scales = value_scales.data();
@@ -256,15 +265,21 @@ TYPED_TEST_SUITE(RowsInOtherPlaces, StoredTypes);
 /// Where heads lie beside each other, tasks go over several of them: of 3 heads over all, of 9 over 8 and 1.
 TYPED_TEST(RowsInOtherPlaces, GiveTheSameBits) {
   constexpr Index kLongest = 1300;
-  for (const auto& [heads, count] : {std::pair<Index, Index>{3, 1}, {3, 3}, {3, 20}, {9, 1}}) {
-    SCOPED_TRACE(testing::Message() << heads << " heads, " << count << " queries");
+  for (const auto& [heads, count, end] :
+       {std::array<Index, 3>{3, 1, kLongest}, {3, 1, 1000}, {3, 3, kLongest}, {3, 20, kLongest}, {9, 1, kLongest}}) {
+    SCOPED_TRACE(testing::Message() << heads << " heads, " << count << " queries before " << end);
     const LayerShape shape{heads, 3, 64, 64};
     auto cache = make_cache<TypeParam>(shape, kLongest);
     cache.resize(1, 521);
     cache.resize(2, 1);
+    Random random(8);
+    for (Index h = 0; h < heads; ++h) {
+      for (Index t = 0; t < cache.size(h); t += 3) cache.write_log_mass(h, t, random.normal());
+    }
     OtherPlaces<TypeParam> places(cache, kLongest);
-    const auto queries = make_queries(shape, count, kLongest);
+    const auto queries = make_queries(shape, count, end);
     const auto wanted = run_attend(cache, queries.view());
+    ASSERT_FALSE(wanted.out.empty());
     places.fill(cache, [](Index page) { return page; });
     const auto by_token = run_attend(places.by_token(), queries.view());
     EXPECT_EQ(by_token.out, wanted.out);
@@ -273,6 +288,12 @@ TYPED_TEST(RowsInOtherPlaces, GiveTheSameBits) {
     const auto in_pages = run_attend(places.in_pages(), queries.view());
     EXPECT_EQ(in_pages.out, wanted.out);
     EXPECT_EQ(in_pages.log_sum_exp, wanted.log_sum_exp);
+    if (count > 1) continue;
+    for (const Index bad_row : {0, 999, 1000, 1299}) {  // seen by all queries, by some, by none of those before 1000
+      places.masses[static_cast<std::size_t>(bad_row)] = std::numeric_limits<float>::quiet_NaN();
+      EXPECT_TRUE(run_attend(places.by_token(), queries.view()).out.empty()) << bad_row;
+      places.masses[static_cast<std::size_t>(bad_row)] = 0.f;
+    }
   }
 }
 

@@ -43,8 +43,8 @@ namespace detail {
 /// times the largest scale of 64 rows.
 /// `out` must not overlap the queries. Keys and values are not searched for NaN, and one in a row that a query cannot see
 /// may still reach it when another query of the same call sees that row. That positions ascend is the view's promise: only
-/// O(log T) of them are looked at; log masses are all checked. Cost: 2 * rows * G * T * (D + E) FLOPs per head; memory O(tile) per worker, and
-/// 16 * (E + 2) floats for each of up to max(H, 240) parts of heads' rows, which work side by side where queries are few.
+/// O(log T) of them are looked at; log masses are all checked. Cost: 2 * rows * G * T * (D + E) FLOPs per head; memory O(tile) for each
+/// worker and each of up to 8 heads that it goes over side by side, and 16 * (E + 2) floats for each of up to max(H, 240) parts of heads' rows, which work side by side where queries are few.
 template <KVCacheView V, Executor X>
 Status attend(const V& view, const QueryRows& queries, const AttentionOutput& out, Workspace workspace,
               X& executor) noexcept {
@@ -70,14 +70,14 @@ Status attend(const V& view, const QueryRows& queries, const AttentionOutput& ou
   const detail::AttendSpace space = detail::AttendSpace::take(arena, shape, workers);
   if (Status bad = detail::check(arena); !bad.ok()) return bad;
   const auto block = [&](Index h, Index worker) {
-    return detail::AttendBlock<V>(view, h, queries, space.scratch[detail::at(worker)]);
+    return detail::AttendBlock<V>(view, h, queries, space.of(worker)[0]);
   };
 
   const Index rows = queries.rows() * shape.group_size;
   if (rows <= detail::kFewQueries) {
     const detail::AttendSplit split{shape.kv_heads, detail::max_rows(view), detail::heads_lie_together(view)};
     auto task = [&](Index i, Index worker) noexcept {
-      detail::run_task(view, queries, split, i, space.scratch[detail::at(worker)], space.parts);
+      detail::run_task(view, queries, split, i, space.of(worker), space.parts);
     };
     executor.run(split.tasks(), task);
     // They have looked at their log masses while these were in the cache; nothing is written yet.

@@ -46,7 +46,7 @@ struct Located {
 template <class F>
 Located locate(const F& stored, Index t, Index n) {
   Located got;
-  std::vector<const float*> to(static_cast<std::size_t>(n + kMostAhead));
+  std::vector<const void*> to(static_cast<std::size_t>(n + kMostAhead));
   std::vector<float> scales(static_cast<std::size_t>(n));
   const auto keep = [&](const auto& rows, bool scaled) {
     got.together = kTogether<std::remove_cvref_t<decltype(rows)>>;
@@ -133,7 +133,7 @@ TEST(StoredRowsOfAView, AreNotGivenWhereTheViewDoesNotTellOfAllOfThem) {
 
 TEST(StoredRowsOfAView, AreAskedForAheadAFewAtATime) {
   for (const Index units : {Index{1}, Index{1} << 16}) {
-    std::vector<const float*> to(1 + kMostAhead);
+    std::vector<const void*> to(1 + kMostAhead);
     const float row = 0.f;
     float scale = 0.f;
     const auto stored = [&](Index, Index n) { return StoredRows<float>{&row, 0, n}; };

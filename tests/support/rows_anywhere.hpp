@@ -25,14 +25,14 @@ class Anywhere {
     to_.insert(to_.end(), kAhead, to_.back());
   }
   [[nodiscard]] detail::RowsAnywhere<E> rows() const {
-    return {to_.data(), units_, static_cast<Index>(copies_.size()), kAhead};
+    return {to_.data(), units_, static_cast<Index>(copies_.size()), kAhead, to_.data() + kAhead};
   }
 
  private:
   static constexpr Index kAhead = 2;
   Index units_;
   std::vector<std::vector<E>> copies_;
-  std::vector<const E*> to_;
+  std::vector<const void*> to_;
 };
 
 }  // namespace kvfold::test

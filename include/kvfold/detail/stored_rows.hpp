@@ -99,34 +99,36 @@ struct RowsTogether {
   };
 };
 
-/// Rows anywhere: the addresses of `count`, and of as many after them as are asked for ahead.
+/// Rows anywhere: the addresses of `count` and of `ahead` after them, and of what is asked for with each.
 template <Stored E>
 struct RowsAnywhere {
   using Unit = E;
 
-  const E* const* to = nullptr;  // [count + ahead]
+  const void* const* to = nullptr;  // [count + ahead]
   Index units = 0, count = 0, ahead = 0;
+  const void* const* ask = nullptr;  // [count] of as many bytes as a row has
 
-  [[nodiscard]] const E* row(Index i) const noexcept { return to[i]; }
+  [[nodiscard]] const E* row(Index i) const noexcept { return static_cast<const E*>(to[i]); }
   [[nodiscard]] RowsAnywhere part(Index first, Index n) const noexcept {
-    return {to + first, units, std::min(n, count - first), ahead};
+    return {to + first, units, std::min(n, count - first), ahead, ask + first};
   }
   class Walk {
    public:
     Walk(const RowsAnywhere& rows, Index unit) noexcept : next_(rows.to), unit_(unit) {}
-    [[nodiscard]] const E* next() noexcept { return *next_++ + unit_; }
+    [[nodiscard]] const E* next() noexcept { return static_cast<const E*>(*next_++) + unit_; }
 
    private:
-    const E* const* next_;
+    const void* const* next_;
     Index unit_;
   };
   /// The ends of pieces of a line, and the row's beginning: rows may begin anywhere in a line.
   template <Index kBytes>
   void fetch_after(Index i, Index first) const noexcept {
     static_assert(kBytes <= kCacheLine || kBytes % kCacheLine == 0);
-    if (first == 0) fetch_line<Cache::kSecond>(to[i + ahead], 0);
+    if (first == 0) fetch_line<Cache::kSecond>(ask[i], 0);
+    const Index begin = first * static_cast<Index>(sizeof(E));
     for (Index end = std::min(kBytes, kCacheLine); end <= kBytes; end += kCacheLine) {
-      fetch_line<Cache::kSecond>(to[i + ahead] + first, end - 1);
+      fetch_line<Cache::kSecond>(ask[i], begin + end - 1);
     }
   }
   [[nodiscard]] Index bytes() const noexcept { return units * static_cast<Index>(sizeof(E)); }
@@ -135,9 +137,9 @@ struct RowsAnywhere {
    public:
     Ahead(const RowsAnywhere& rows, Index first) noexcept
         : row_(rows.to + first),
+          ask_(rows.ask + first),
           last_(rows.to + rows.count - 1),
-          far_(rows.ahead),
-          near_(rows.ahead * kNearAhead / kFarAhead<E>),
+          near_(std::min(rows.ahead / 2, kNearAhead / rows.bytes())),
           bytes_(rows.bytes()) {}
 
     template <Index kBytes>
@@ -150,19 +152,20 @@ struct RowsAnywhere {
         if (offset_ < bytes_) continue;
         fetch_at(bytes_ - 1);  // another line, where rows do not begin with one
         offset_ = 0;
-        if (row_ < last_) ++row_;
+        if (row_ < last_) ++row_, ++ask_;
       }
     }
 
    private:
     void fetch_at(Index offset) const noexcept {
-      fetch_line<Cache::kSecond>(row_[far_], offset);
+      fetch_line<Cache::kSecond>(*ask_, offset);
       if constexpr (kInBlocks<E>) fetch_line<Cache::kFirst>(row_[near_], offset);
     }
 
-    const E* const* row_;
-    const E* const* last_;
-    Index far_, near_, bytes_, offset_ = 0, due_ = 0;
+    const void* const* row_;
+    const void* const* ask_;
+    const void* const* last_;
+    Index near_, bytes_, offset_ = 0, due_ = 0;
   };
 };
 
@@ -184,6 +187,34 @@ template <Index kColumns, class Rows, class F>
   }
 }
 
+/// The addresses of rows [t, t + n) of a head of `size` rows, and of `ahead` after them: the last one's again where there are
+/// none.
+/// \param rows what `stored(t, n)` has given: `StoredRows` of the view, as it gives those of all rows
+/// \param to room for n + ahead addresses
+/// \param scales room for those of n rows
+/// \param scaled set to whether there are any
+/// \returns whether the view told of all of them. O(n + ahead)
+template <Stored E, class F>
+[[nodiscard]] bool locate_rows(StoredRows<E> rows, const F& stored, Index t, Index n, Index size, Index ahead,
+                               const void** to, float* scales, bool& scaled) noexcept {
+  scaled = false;
+  const Index all = std::min(n + ahead, size - t);
+  for (Index done = 0; done < all;) {
+    if (done > 0) rows = stored(t + done, all - done);
+    if (rows.data == nullptr || rows.count < 1) return false;
+    const Index count = std::min(rows.count, all - done);
+    for (Index i = 0; i < count; ++i) to[done + i] = rows.data + i * rows.stride;
+    if (rows.scales != nullptr && !scaled) std::fill_n(scales, std::min(done, n), 1.f);
+    scaled = scaled || rows.scales != nullptr;
+    for (Index i = done; scaled && i < std::min(done + count, n); ++i) {
+      scales[i] = rows.scales != nullptr ? rows.scales[(i - done) * rows.scale_stride] : 1.f;
+    }
+    done += count;
+  }
+  std::fill(to + all, to + n + ahead, to[all - 1]);
+  return true;
+}
+
 /// Calls f with rows [t, t + n) of a head of `size` rows: RowsTogether where they are that, else RowsAnywhere.
 /// \param stored stored(t, n): `StoredRows` of the view, in units of which a row has `units`
 /// \param to room for n + kMostAhead addresses
@@ -191,19 +222,12 @@ template <Index kColumns, class Rows, class F>
 /// \param f f(rows, whether there are scales)
 /// \returns whether the view told of all of them; else nothing was called. O(n)
 template <Stored E, class F, class G>
-[[nodiscard]] bool with_stored_rows(const F& stored, Index units, Index t, Index n, Index size, const E** to,
+[[nodiscard]] bool with_stored_rows(const F& stored, Index units, Index t, Index n, Index size, const void** to,
                                     float* scales, G f) noexcept {
-  StoredRows<E> rows = stored(t, n);
-  bool scaled = false;
-  const auto add_scales = [&](Index done, Index count) {
-    if (rows.scales != nullptr && !scaled) std::fill_n(scales, done, 1.f);
-    scaled = scaled || rows.scales != nullptr;
-    for (Index i = 0; scaled && i < count; ++i) {
-      scales[done + i] = rows.scales != nullptr ? rows.scales[i * rows.scale_stride] : 1.f;
-    }
-  };
+  const StoredRows<E> rows = stored(t, n);
   if (rows.data != nullptr && rows.count >= n && rows.stride == units) {
-    add_scales(0, n);
+    const bool scaled = rows.scales != nullptr;
+    for (Index i = 0; scaled && i < n; ++i) scales[i] = rows.scales[i * rows.scale_stride];
     if constexpr (!kInBlocks<E>) {
       // On AMD's processors floats come sooner to the first cache; on others what is on its way there holds up other reads.
       if (is_amd()) return f(RowsTogether<E, Cache::kFirst>{rows.data, units, n}, scaled), true;
@@ -211,17 +235,9 @@ template <Stored E, class F, class G>
     return f(RowsTogether<E>{rows.data, units, n}, scaled), true;
   }
   const Index ahead = std::clamp<Index>(kFarAhead<E> / (units * static_cast<Index>(sizeof(E))), 1, kMostAhead);
-  const Index all = std::min(n + ahead, size - t);
-  for (Index done = 0; done < all;) {
-    if (done > 0) rows = stored(t + done, all - done);
-    if (rows.data == nullptr || rows.count < 1) return false;
-    const Index count = std::min(rows.count, all - done);
-    for (Index i = 0; i < count; ++i) to[done + i] = rows.data + i * rows.stride;
-    if (done < n) add_scales(done, std::min(count, n - done));
-    done += count;
-  }
-  std::fill(to + all, to + n + ahead, to[all - 1]);
-  f(RowsAnywhere<E>{to, units, n, ahead}, scaled);
+  bool scaled = false;
+  if (!locate_rows<E>(rows, stored, t, n, size, ahead, to, scales, scaled)) return false;
+  f(RowsAnywhere<E>{to, units, n, ahead, to + ahead}, scaled);
   return true;
 }
 
