@@ -43,8 +43,9 @@ namespace detail {
 /// times the largest scale of 64 rows.
 /// `out` must not overlap the queries. Keys and values are not searched for NaN, and one in a row that a query cannot see
 /// may still reach it when another query of the same call sees that row. That positions ascend is the view's promise: only
-/// O(log T) of them are looked at; log masses are all checked. Cost: 2 * rows * G * T * (D + E) FLOPs per head; memory O(tile) for each
-/// worker and each of up to 8 heads that it goes over side by side, and 16 * (E + 2) floats for each of up to max(H, 240) parts of heads' rows, which work side by side where queries are few.
+/// O(log T) of them are looked at; log masses are all checked. Cost: 2 * rows * G * T * (D + E) FLOPs per head; memory
+/// O(tile) for each worker and each of up to 8 heads that it goes over side by side, and 16 * (E + 2) floats for each of up
+/// to max(H, 240) parts of heads' rows, which work side by side where queries are few.
 template <KVCacheView V, Executor X>
 Status attend(const V& view, const QueryRows& queries, const AttentionOutput& out, Workspace workspace,
               X& executor) noexcept {

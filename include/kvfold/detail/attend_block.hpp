@@ -487,8 +487,8 @@ class HeadsTogether {
 
   /// Head h's share of rows `next` to `next + kRowsBeside` of all heads, keys or values, as they lie in memory.
   void ask_for(Index h, Index n, bool keys, Index next, const void** ask) const noexcept {
-    const void* const* rows[AttendSplit::kHeadsTogether];
-    Index last[AttendSplit::kHeadsTogether];
+    const void* const* rows[AttendSplit::kHeadsTogether] = {};
+    Index last[AttendSplit::kHeadsTogether] = {};
     for (Index head = 0; head < heads_; ++head) {
       const Index of = rows_[head] > 0 ? head : h;
       rows[head] = block(of)->addresses(keys);
@@ -520,7 +520,7 @@ void run_task(const V& view, const QueryRows& queries, const AttendSplit& split,
   const Index heads = std::min(split.heads_per_task(), split.heads - first_head);
   const Index size = split.rows_per_part(), first = number * size;
   const auto part = [&](Index h) { return parts[(first_head + h) * split.parts() + number]; };
-  Index last[AttendSplit::kHeadsTogether];
+  Index last[AttendSplit::kHeadsTogether] = {};
   for (Index h = 0; h < heads; ++h) {
     last[h] = std::min({first + size, split.rows, static_cast<Index>(view.size(first_head + h))});
     part(h).clear(queries.rows() * view.shape().group_size, parts.width);
