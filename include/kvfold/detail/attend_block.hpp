@@ -133,7 +133,8 @@ class AttendBlock {
     }
   }
 
-  /// All query rows, few, and rows [first, last) of the head. What they have seen is put into `part`.
+  /// All query rows, few, and rows [first, last) of the head, of which there may be none. What they have seen is put into
+  /// `part`.
   void run_part(Index first, Index last, const AttendPart& part) noexcept {
     begin_part();
     add_rows(first, std::min(last, most_visible_));
@@ -432,9 +433,7 @@ class HeadsTogether {
   void run(Index first, const Index* last, const Part& part) noexcept {
     const Index most = *std::max_element(last, last + heads_);
     for (Index t = first; t < most; t += kFewKeys) add_tiles(t, last);
-    for (Index h = 0; h < heads_; ++h) {
-      if (first < last[h]) block(h)->finish_part(first, last[h], part(h));
-    }
+    for (Index h = 0; h < heads_; ++h) block(h)->finish_part(first, last[h], part(h));
   }
 
  private:
@@ -523,11 +522,10 @@ void run_task(const V& view, const QueryRows& queries, const AttendSplit& split,
   Index last[AttendSplit::kHeadsTogether] = {};
   for (Index h = 0; h < heads; ++h) {
     last[h] = std::min({first + size, split.rows, static_cast<Index>(view.size(first_head + h))});
-    part(h).clear(queries.rows() * view.shape().group_size, parts.width);
   }
   if (heads > 1) {
     HeadsTogether<V>(view, first_head, heads, queries, scratch).run(first, last, part);
-  } else if (first < last[0]) {
+  } else {
     AttendBlock<V>(view, first_head, queries, scratch[0]).run_part(first, last[0], part(0));
   }
 }

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <span>
 
 #include "kvfold/detail/arena.hpp"
@@ -61,14 +60,6 @@ struct AttendPart {
   float* sum;               // [kFewQueries]
   float* out;               // [kFewQueries][E]
   bool* masses_are_finite;  // of its rows
-
-  /// Nothing was seen by so many queries.
-  void clear(Index queries, Index width) const noexcept {
-    std::fill_n(max, queries, -std::numeric_limits<float>::infinity());
-    std::fill_n(sum, queries, 0.f);
-    std::fill_n(out, queries * width, 0.f);
-    *masses_are_finite = true;
-  }
 };
 
 /// As many parts as a layer may have.

@@ -152,7 +152,7 @@ Index add_few_of(const float* a, Index a_stride, const Rows& b, Index n, float* 
         for (Index i = 0; i < kRows; ++i) sums[i][x] = a[i * a_stride + j] * y + sums[i][x];
       };
       for (Index x = 0; x < kWidth; x += kStep) {
-        if constexpr (kStep == 1) {
+        if constexpr (kStep == 1) {  // an array of one takes g++ longer
           add(load_lanes_of(row + x * kLanes), x);
         } else {
           Lanes loaded[std::size_t{kStep}];
