@@ -72,42 +72,53 @@ inline constexpr Index kFewDepth = 16;
 template <Index kRows>
 inline constexpr Index kFewColumns = kLanes / (kRows == 3 ? 4 : kRows);
 
+/// What elements [first, last) add to the products of kRows rows of a and kColumns others: lane i * kColumns + j.
+template <Index kRows, Index kColumns, Stored E>
+[[nodiscard, gnu::noinline]] Lanes dots_of_rest(const float* a, Index a_stride, const E* const* rows, Index first,
+                                                Index last) noexcept {
+  float sums[kLanes] = {};
+  for (Index d = first; d < last; ++d) {
+    for (Index j = 0; j < kColumns; ++j) {
+      const float y = load_lane_of(rows[j][d]);
+      for (Index i = 0; i < kRows; ++i) sums[i * kColumns + j] += a[i * a_stride + d] * y;
+    }
+  }
+  return load_lanes(sums);
+}
+
 /// `few_dots` for kRows rows of a.
 template <Index kRows, class Rows>
 void few_dots_of(const float* a, Index a_stride, const Rows& b, Index k, float* c, Index c_stride) noexcept {
   using E = typename Rows::Unit;
   constexpr Index kColumns = kFewColumns<kRows>, kStep = kLoadedTogether<E>;
   typename Rows::Ahead next(b, 0);
-  for_columns<kColumns>(b, [&](const auto& rows, Index first, auto count) {
+  // Where it is a call, g++ stores all sums before it adds up their lanes.
+  const auto multiply = [&](const auto& rows, Index first, auto count) __attribute__((always_inline)) {
+    typename Rows::Ahead ahead = next;  // in registers
     Lanes sums[kLanes];
     clear(sums);
     Index d = 0;
     for (; d + kStep * kLanes <= k; d += kStep * kLanes) {
-      next.template fetch<bytes_of<E>(kColumns * kStep * kLanes)>();
+      ahead.template fetch<bytes_of<E>(kColumns * kStep * kLanes)>();
       Lanes y[kLanes][std::size_t{kStep}];
-      for (Index j = 0; j < kColumns; ++j) {
+      for_constants<kColumns>([&](auto j) {
         load_lanes_of(rows[j] + d, y[j]);
         for (Index s = 0; kRows > 1 && s < kStep; ++s) y[j][s] = in_register(y[j][s]);  // else it is used only once
-      }
-      for (Index i = 0; i < kRows; ++i) {
-        for (Index s = 0; s < kStep; ++s) {
-          const Lanes x = in_register(load_lanes(a + i * a_stride + d + s * kLanes));
-          for (Index j = 0; j < kColumns; ++j) sums[i * kColumns + j] = x * y[j][s] + sums[i * kColumns + j];
-        }
-      }
+      });
+      for_constants<kRows * kStep>([&](auto n) {
+        constexpr Index i = n / kStep, s = n % kStep;
+        const Lanes x = in_register(load_lanes(a + i * a_stride + d + s * kLanes));
+        for_constants<kColumns>([&](auto j) { sums[i * kColumns + j] = x * y[j][s] + sums[i * kColumns + j]; });
+      });
     }
+    next = ahead;
+    Lanes dots = sums_of_each(sums);
+    if (d < k) dots += dots_of_rest<kRows, kColumns>(a, a_stride, rows, d, k);
     float out[kLanes];
-    store_lanes(sums_of_each(sums), out);
-    for (; d < k; ++d) {
-      for (Index j = 0; j < kColumns; ++j) {
-        const float y = load_lane_of(rows[j][d]);
-        for (Index i = 0; i < kRows; ++i) out[i * kColumns + j] += a[i * a_stride + d] * y;
-      }
-    }
-    for (Index i = 0; i < kRows; ++i) {
-      for (Index j = 0; j < count; ++j) c[i * c_stride + first + j] = out[i * kColumns + j];
-    }
-  });
+    store_lanes(dots, out);
+    for (Index i = 0; i < kRows; ++i) std::copy_n(out + i * kColumns, count, c + i * c_stride + first);
+  };
+  for_columns<kColumns>(b, multiply);
 }
 
 /// to[i] = x times row places[i] of rows [..][width], for n places.

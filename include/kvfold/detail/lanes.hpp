@@ -171,6 +171,14 @@ inline void store_first_lanes(Lanes x, Index count, float* to) noexcept {
   std::copy_n(all, count, to);
 }
 
+/// Calls f with each constant from 0 to kCount - 1: elements of arrays that only these index are in registers, and g++ does
+/// not store them where a loop ends.
+template <Index kCount, class F>
+[[gnu::always_inline]] inline void for_constants(const F& f) noexcept {
+  [&]<Index... i>(std::integer_sequence<Index, i...>) { (f(std::integral_constant<Index, i>{}), ...); }
+  (std::make_integer_sequence<Index, kCount>{});
+}
+
 /// Calls f with a constant of 1 to kMost.
 template <Index kMost, class F>
 void with_constant(Index n, F f) noexcept {
