@@ -5,6 +5,8 @@
 #include <kvfold/view/paged.hpp>
 
 #include <algorithm>
+#include <cstddef>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -32,10 +34,10 @@ double arithmetic_seconds(const Model& model, Index rows, ThreadPool& pool) {
   return median(seconds);
 }
 
-/// One decode step over a layer, of which `row_bytes` are read for each row.
+/// One decode step over a layer, of which `memory` is read.
 template <KVCacheView V>
-void decode(benchmark::State& state, const Settings& settings, const Model& model, const V& view, double row_bytes,
-            Index threads) {
+void decode(benchmark::State& state, const Settings& settings, const Model& model, const V& view,
+            const std::vector<std::span<const std::byte>>& memory, Index threads) {
   const auto rows = static_cast<Index>(view.size(0));
   ThreadPool pool(threads);
   const Queries queries(model.shape, 1, rows);
@@ -43,6 +45,8 @@ void decode(benchmark::State& state, const Settings& settings, const Model& mode
   const std::size_t bytes = attend_workspace_bytes(model.shape, threads);
   WorkspaceBuffer workspace;
   require(workspace.reserve(bytes), "workspace");
+  double read_bytes = 0.0;
+  for (const auto& part : memory) read_bytes += static_cast<double>(part.size());
   const auto run = [&] {
     return attend(view, queries.view(),
                   {.data = out.data(), .head_stride = model.shape.value_dim, .row_stride = model.shape.value_dim},
@@ -51,7 +55,7 @@ void decode(benchmark::State& state, const Settings& settings, const Model& mode
   };
   measure(state, settings,
           {.run = [&] { return timed(run); },
-           .works = {{.read_bytes = static_cast<double>(model.shape.kv_heads * rows) * row_bytes}},
+           .works = {{.read_bytes = read_bytes, .memory = memory}},
            .rows = static_cast<double>(model.shape.kv_heads * rows),
            .workspace_bytes = bytes},
           pool);
@@ -82,6 +86,10 @@ class RowsByToken {
     }
   }
 
+  /// These have no scales of rows.
+  [[nodiscard]] std::vector<std::span<const std::byte>> memory() const {
+    return {std::as_bytes(std::span(keys_)), std::as_bytes(std::span(values_))};
+  }
   [[nodiscard]] StridedView<E> tensor() {
     StridedView<E> view = layer_;
     view.keys = keys_.data();
@@ -123,7 +131,7 @@ void add_type(const Settings& settings, const char* storage) {
       for (const Index threads : {1, 2}) {
         add(name_of("attend", model.name, storage, rows, threads), [=](benchmark::State& state) {
           Layer<E> layer(model.shape, rows);
-          decode(state, settings, model, layer.view(), layer.row_bytes(), threads);
+          decode(state, settings, model, layer.view(), layer.memory(), threads);
         });
       }
     }
@@ -139,8 +147,8 @@ void add_other_places(const Settings& settings, const std::string& storage) {
       add(name_of("attend", kLlama.name, storage + where, rows, threads), [=](benchmark::State& state) {
         Layer<E> layer(kLlama.shape, rows);
         RowsByToken<E> by_token(layer, in_pages);
-        if (in_pages) return decode(state, settings, kLlama, by_token.pages(), layer.row_bytes(), threads);
-        decode(state, settings, kLlama, by_token.tensor(), layer.row_bytes(), threads);
+        if (in_pages) return decode(state, settings, kLlama, by_token.pages(), by_token.memory(), threads);
+        decode(state, settings, kLlama, by_token.tensor(), by_token.memory(), threads);
       });
     }
   }

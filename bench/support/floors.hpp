@@ -5,8 +5,10 @@
 #include <kvfold/exec/thread_pool.hpp>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <ctime>
+#include <span>
 #include <vector>
 
 #include <Eigen/Core>
@@ -45,6 +47,8 @@ struct Work {
   double read_bytes = 0, copied_bytes = 0;
   double flops = 0, exps = 0;
   Product product = {};  ///< the shape that flops are measured with
+  /// What is read, if it is to be read itself, once, from memory. Else as many bytes of others are.
+  std::vector<std::span<const std::byte>> memory = {};
 };
 
 /// Measures floors on the threads that do the work, all of them at the same time.
@@ -63,7 +67,11 @@ class Floor {
     for (std::size_t i = 0; i < works_.size(); ++i) {
       const Work& work = works_[i];
       double memory = 0.0, arithmetic = 0.0;
-      if (work.read_bytes > 0) memory += work.read_bytes / speed([](Worker& w, std::size_t) { return w.read(); }, i);
+      if (!work.memory.empty()) {
+        memory += seconds_of_reading(work.memory);
+      } else if (work.read_bytes > 0) {
+        memory += work.read_bytes / speed([](Worker& w, std::size_t) { return w.read(); }, i);
+      }
       if (work.copied_bytes > 0)
         memory += work.copied_bytes / speed([](Worker& w, std::size_t) { return w.copy(); }, i);
       if (work.flops > 0) {
@@ -83,6 +91,10 @@ class Floor {
   static constexpr std::size_t kBytes = std::size_t{64} << 20;  // more than a core's own caches hold
   static constexpr double kSampleSeconds = 3e-3;
 
+  static void read_floats(const float* from, Index n) noexcept {
+    benchmark::DoNotOptimize(Eigen::Map<const Eigen::ArrayXf>(from, n).sum());
+  }
+
   struct Operands {
     explicit Operands(Product p)
         : a(Matrix::Random(p.m, p.k)), b(Matrix::Random(p.n, p.k)), c(Matrix::Zero(p.m, p.n)) {}
@@ -101,8 +113,7 @@ class Floor {
     }
 
     double read() {
-      const Eigen::Map<const Eigen::ArrayXf> x(from.data(), static_cast<Index>(from.size()));
-      benchmark::DoNotOptimize(x.sum());
+      read_floats(from.data(), static_cast<Index>(from.size()));
       return static_cast<double>(kBytes);
     }
     double copy() {
@@ -141,6 +152,25 @@ class Floor {
     double sum = 0.0;
     for (const double s : speeds_) sum += s;
     return sum;
+  }
+
+  /// Of all spans, by the threads of `speeds_`. They are in no cache before, and in none afterwards.
+  double seconds_of_reading(const std::vector<std::span<const std::byte>>& spans) {
+    const auto threads = static_cast<Index>(speeds_.size());
+    auto read_others = [&](Index i, Index) noexcept { workers_[static_cast<std::size_t>(i)].read(); };
+    auto read = [&](Index i, Index) noexcept {
+      for (const auto& span : spans) {
+        const auto words = static_cast<Index>(span.size() / sizeof(float));
+        const Index first = words * i / threads, last = words * (i + 1) / threads;
+        read_floats(reinterpret_cast<const float*>(span.data()) + first, last - first);
+      }
+    };
+    pool_.run(pool_.concurrency(), read_others);
+    const Stopwatch watch;
+    pool_.run(threads, read);
+    const double seconds = watch.seconds();
+    pool_.run(pool_.concurrency(), read_others);
+    return seconds;
   }
 
   std::vector<Work> works_;

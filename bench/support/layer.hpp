@@ -7,8 +7,10 @@
 #include <kvfold/view/strided.hpp>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <numeric>
+#include <span>
 #include <vector>
 
 namespace kvfold::bench {
@@ -83,6 +85,12 @@ class Layer {
   /// Bytes of a row of K and one of V.
   [[nodiscard]] double row_bytes() const {
     return static_cast<double>(detail::row_bytes<E>(shape_.key_dim) + detail::row_bytes<E>(shape_.value_dim));
+  }
+
+  /// All of them, and their scales.
+  [[nodiscard]] std::vector<std::span<const std::byte>> memory() const {
+    return {std::as_bytes(std::span(keys_.units)), std::as_bytes(std::span(keys_.scales)),
+            std::as_bytes(std::span(values_.units)), std::as_bytes(std::span(values_.scales))};
   }
 
   /// Keeps the first `count` rows of each head, so that `restore` can undo an `apply` that keeps no more.
