@@ -114,13 +114,13 @@ inline constexpr Index kAskedWithScales = 2, kAskedWithFactors = 1, kAskedWithSu
 /// Scratch of the kernels below, for rows of k numbers.
 struct BlockSpace {
   std::span<float> scales;          // [k / kBlockSize][kRoundedDepth]
-  std::span<float> units;           // [k / kBlockSize] of scales
+  std::span<Largest> largest;       // [k / kBlockSize] of scales
   std::span<std::int16_t> factors;  // [k / kBlockSize][kMostFewRows][kRoundedDepth]
 
   static BlockSpace take(Arena& arena, Index k) noexcept {
     BlockSpace s;
     s.scales = arena.take<float>(k / kBlockSize, kRoundedDepth);
-    s.units = arena.take<float>(k / kBlockSize);
+    s.largest = arena.take<Largest>(k / kBlockSize);
     s.factors = arena.take<std::int16_t>(k / kBlockSize, kMostFewRows * kRoundedDepth);
     return s;
   }
@@ -212,12 +212,12 @@ void few_dots(const RoundedRows& a, const Rows& b, float* c, Index c_stride) noe
   with_fastest_adding([&](auto adding) { few_dots<adding()>(a, b, c, c_stride); });
 }
 
-/// to = from, kRoundedDepth numbers in units of which the largest has `most`. \returns the unit
-[[nodiscard]] inline float put_in_units(const float* from, float most, float* to) noexcept {
+/// to = from, kRoundedDepth numbers in units of which the largest has kMostUnits. \returns the unit
+[[nodiscard]] inline float put_in_units(const float* from, float* to) noexcept {
   const Largest largest(from, kRoundedDepth);
-  const float factor = most * largest.inverse;
+  const float factor = kMostUnits * largest.inverse;
   for (Index j = 0; j < kRoundedDepth; j += kLanes) store_lanes(load_lanes(from + j) * factor, to + j);
-  return largest.magnitude / most;
+  return largest.magnitude / kMostUnits;
 }
 
 /// `add_few` for one block of each of up to kRoundedDepth rows of b.
@@ -262,7 +262,7 @@ void add_block(const std::int16_t* factors, const float* unit, const Rows& b, In
   next = ahead;
 }
 
-/// `add_few` for kRows rows of a and up to kRoundedDepth rows of b, whose scales are in units.
+/// `add_few` for kRows rows of a and up to kRoundedDepth rows of b, whose scales are read.
 template <Index kRows, Adding kAdding, class Rows>
 void add_few_of(const float* a, Index a_stride, const Rows& b, const BlockSpace& space, Index blocks, float* c,
                 Index c_stride, typename Rows::Ahead& next) noexcept {
@@ -273,15 +273,16 @@ void add_few_of(const float* a, Index a_stride, const Rows& b, const BlockSpace&
       std::fill(std::copy_n(row, b.count, weights[i]), weights[i] + kRoundedDepth, 0.f);
       row = weights[i];
     }
-    weight_unit[i] = put_in_units(row, kMostUnits, weights[i]);
+    weight_unit[i] = put_in_units(row, weights[i]);
   }
   // All factors first: what the loops over rows wait for is there then.
   constexpr Index kBytes = bytes_asked<typename Rows::Unit>(2 * kLanes * kBlockSize, kAskedWithFactors);
   for (Index u = 0; u < blocks; ++u) {
+    const float inverse = space.largest[static_cast<std::size_t>(u)].inverse;
     for (Index j = 0; j < kRoundedDepth; j += 2 * kLanes) {
       next.template fetch<kBytes>();
       const float* scales = space.scales_of(u) + j;
-      const Lanes low = load_lanes(scales), high = load_lanes(scales + kLanes);
+      const Lanes low = load_lanes(scales) * inverse, high = load_lanes(scales + kLanes) * inverse;
       for (Index i = 0; i < kRows; ++i) {
         const float* w = weights[i] + j;
         std::int16_t* to = space.factors_of(u) + i * kRoundedDepth + j;
@@ -291,7 +292,7 @@ void add_few_of(const float* a, Index a_stride, const Rows& b, const BlockSpace&
   }
   for (Index u = 0; u < blocks; ++u) {
     float unit[kMostFewRows];
-    for (Index i = 0; i < kRows; ++i) unit[i] = weight_unit[i] * space.units[static_cast<std::size_t>(u)];
+    for (Index i = 0; i < kRows; ++i) unit[i] = weight_unit[i] * space.largest[static_cast<std::size_t>(u)].magnitude;
     add_block<kRows, kAdding>(space.factors_of(u), unit, b, u, c + u * kBlockSize, c_stride, next);
   }
 }
@@ -309,7 +310,7 @@ void add_few(const float* a, Index a_stride, Index m, const Rows& b, const Block
     typename Rows::Ahead next(b, first);
     space.read_scales(some, blocks, next);
     for (Index u = 0; u < blocks; ++u) {
-      space.units[static_cast<std::size_t>(u)] = put_in_units(space.scales_of(u), 1.f, space.scales_of(u));
+      space.largest[static_cast<std::size_t>(u)] = Largest(space.scales_of(u), kRoundedDepth);
     }
     const typename Rows::Ahead from = next;
     for_groups_of_rows<kMostFewRows>(m, [&](Index i, auto rows) {

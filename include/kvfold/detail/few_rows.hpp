@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -64,7 +63,7 @@ template <Stored E>
   return elements * static_cast<Index>(sizeof(E)) / kUnit<E>;
 }
 
-inline constexpr Index kMostFewRows = 4, kMostWidth = 8;  ///< of one pass of the kernels below
+inline constexpr Index kMostFewRows = 4;  ///< of one pass of the kernels below
 /// Rows that `add_few` goes over several times, for a part of their columns each time: they stay in the first cache.
 inline constexpr Index kFewDepth = 16;
 
@@ -143,6 +142,15 @@ inline void dots_at(const float* x, const float* rows, Index width, const RowId*
   }
 }
 
+/// Registers of columns whose sums `add_few` has at a time for each of kRows rows. Of eight sums each waits for its own last
+/// step; 16 registers have room for twelve, if they are gone over in another order.
+inline constexpr Index kMostWidth = 8, kOtherOrder = 3;
+template <Stored E, Index kRows>
+inline constexpr Index kSumsBeside = [] {
+  if (kLanes < 16 && kRows > 2) return kLoadedTogether<E> == 1 ? kOtherOrder : 2;
+  return std::min(kMostWidth, (kLanes == 16 ? 16 : 8) / (kRows == 3 ? 4 : kRows));
+}();
+
 /// `add_few` for kRows rows of a, kWidth * kLanes columns of c at a time, from column `first` on.
 /// \returns the first column that was not done.
 template <Index kRows, Index kWidth, class Rows>
@@ -158,17 +166,26 @@ Index add_few_of(const float* a, Index a_stride, const Rows& b, Index n, float* 
     for (Index j = 0; j < b.count; ++j) {
       const E* row = b.row(j) + first;
       b.template fetch_after<bytes_of<E>(kWidth * kLanes)>(j, first);
-      const auto add = [&](Lanes loaded, Index x) {
-        const Lanes y = kRows > 1 ? in_register(loaded) : loaded;  // else it is used only once
-        for (Index i = 0; i < kRows; ++i) sums[i][x] = a[i * a_stride + j] * y + sums[i][x];
-      };
-      for (Index x = 0; x < kWidth; x += kStep) {
-        if constexpr (kStep == 1) {  // an array of one takes g++ longer
-          add(load_lanes_of(row + x * kLanes), x);
-        } else {
-          Lanes loaded[std::size_t{kStep}];
-          load_lanes_of(row + x * kLanes, loaded);
-          for (Index s = 0; s < kStep; ++s) add(loaded[s], x + s);
+      if constexpr (kWidth == kOtherOrder) {
+        Lanes y[std::size_t{kWidth}];
+        for (Index x = 0; x < kWidth; ++x) y[x] = in_register(load_lanes_of(row + x * kLanes));
+        for (Index i = 0; i < kRows; ++i) {
+          const Lanes weight = in_register(a[i * a_stride + j] - Lanes{});  // else there are more in registers
+          for (Index x = 0; x < kWidth; ++x) sums[i][x] = weight * y[x] + sums[i][x];
+        }
+      } else {
+        const auto add = [&](Lanes loaded, Index x) {
+          const Lanes y = kRows > 1 ? in_register(loaded) : loaded;  // else it is used only once
+          for (Index i = 0; i < kRows; ++i) sums[i][x] = a[i * a_stride + j] * y + sums[i][x];
+        };
+        for (Index x = 0; x < kWidth; x += kStep) {
+          if constexpr (kStep == 1) {  // an array of one takes g++ longer
+            add(load_lanes_of(row + x * kLanes), x);
+          } else {
+            Lanes loaded[std::size_t{kStep}];
+            load_lanes_of(row + x * kLanes, loaded);
+            for (Index s = 0; s < kStep; ++s) add(loaded[s], x + s);
+          }
         }
       }
     }
@@ -181,9 +198,11 @@ Index add_few_of(const float* a, Index a_stride, const Rows& b, Index n, float* 
 
 template <Index kRows, class Rows>
 void add_few_of(const float* a, Index a_stride, const Rows& b, Index n, float* c, Index c_stride) noexcept {
-  constexpr auto kFits = static_cast<std::size_t>((kLanes == 16 ? 16 : 8) / kRows);  // sums in registers
-  constexpr Index kWidth = std::min(kMostWidth, static_cast<Index>(std::bit_floor(kFits)));
-  Index first = add_few_of<kRows, kWidth>(a, a_stride, b, n, c, c_stride, 0);
+  constexpr Index kWidth = kSumsBeside<typename Rows::Unit, kRows>;
+  Index wide = n / kLanes / kWidth;
+  if (kWidth == kOtherOrder && n / kLanes % kWidth == 1 && wide > 0) --wide;  // and then two and two
+  Index first = add_few_of<kRows, kWidth>(a, a_stride, b, wide * kWidth * kLanes, c, c_stride, 0);
+  if constexpr (kWidth == kOtherOrder) first = add_few_of<kRows, 2>(a, a_stride, b, n, c, c_stride, first);
   first = add_few_of<kRows, 1>(a, a_stride, b, n, c, c_stride, first);
   for (; first < n; ++first) {
     for (Index j = 0; j < b.count; ++j) {

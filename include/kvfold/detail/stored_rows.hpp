@@ -68,8 +68,9 @@ struct RowsTogether {
   void fetch_after(Index i, Index first) const noexcept {
     if constexpr (kBytes < kCacheLine) {
       // Many pieces, and much to do in each. A line is asked for with each of its own: first from memory, then from there.
-      if (first * static_cast<Index>(sizeof(E)) % kCacheLine == 0) {
-        fetch_line<kFar>(row(i) + first, kFarAhead<E>);
+      const Index in_line = first * static_cast<Index>(sizeof(E)) % kCacheLine;
+      if (in_line == 0 || in_line + kBytes > kCacheLine) {
+        fetch_line<kFar>(row(i) + first, kFarAhead<E> + kBytes - 1);
       } else {
         fetch_line<Cache::kFirst>(row(i) + first, kFarAhead<E>);
       }
@@ -124,12 +125,10 @@ struct RowsAnywhere {
   /// The ends of pieces of a line, and the row's beginning: rows may begin anywhere in a line.
   template <Index kBytes>
   void fetch_after(Index i, Index first) const noexcept {
-    static_assert(kBytes <= kCacheLine || kBytes % kCacheLine == 0);
     if (first == 0) fetch_line<Cache::kSecond>(ask[i], 0);
     const Index begin = first * static_cast<Index>(sizeof(E));
-    for (Index end = std::min(kBytes, kCacheLine); end <= kBytes; end += kCacheLine) {
-      fetch_line<Cache::kSecond>(ask[i], begin + end - 1);
-    }
+    for (Index end = kCacheLine; end < kBytes; end += kCacheLine) fetch_line<Cache::kSecond>(ask[i], begin + end - 1);
+    fetch_line<Cache::kSecond>(ask[i], begin + kBytes - 1);
   }
   [[nodiscard]] Index bytes() const noexcept { return units * static_cast<Index>(sizeof(E)); }
 
