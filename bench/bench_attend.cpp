@@ -86,9 +86,10 @@ class RowsByToken {
     }
   }
 
-  /// These have no scales of rows.
+  /// Keys, values and log masses; rows have no scales.
   [[nodiscard]] std::vector<std::span<const std::byte>> memory() const {
-    return {std::as_bytes(std::span(keys_)), std::as_bytes(std::span(values_))};
+    const std::span masses(layer_.log_masses);
+    return {std::as_bytes(std::span(keys_)), std::as_bytes(std::span(values_)), std::as_bytes(masses)};
   }
   [[nodiscard]] StridedView<E> tensor() {
     StridedView<E> view = layer_;

@@ -87,10 +87,11 @@ class Layer {
     return static_cast<double>(detail::row_bytes<E>(shape_.key_dim) + detail::row_bytes<E>(shape_.value_dim));
   }
 
-  /// All of them, and their scales.
+  /// Keys, values and log masses, and where rows have scales, these.
   [[nodiscard]] std::vector<std::span<const std::byte>> memory() const {
     return {std::as_bytes(std::span(keys_.units)), std::as_bytes(std::span(keys_.scales)),
-            std::as_bytes(std::span(values_.units)), std::as_bytes(std::span(values_.scales))};
+            std::as_bytes(std::span(values_.units)), std::as_bytes(std::span(values_.scales)),
+            std::as_bytes(std::span(masses_))};
   }
 
   /// Keeps the first `count` rows of each head, so that `restore` can undo an `apply` that keeps no more.

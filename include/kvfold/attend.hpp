@@ -78,7 +78,7 @@ Status attend(const V& view, const QueryRows& queries, const AttentionOutput& ou
   if (rows <= detail::kFewQueries) {
     const detail::AttendSplit split{shape.kv_heads, detail::max_rows(view), detail::heads_lie_together(view)};
     auto task = [&](Index i, Index worker) noexcept {
-      detail::run_task(view, queries, split, i, space.of(worker), space.parts);
+      detail::run_task(view, queries, split, split.place(i, workers), space.of(worker), space.parts);
     };
     executor.run(split.tasks(), task);
     // They have looked at their log masses while these were in the cache; nothing is written yet.

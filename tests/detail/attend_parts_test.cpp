@@ -38,6 +38,30 @@ TEST(AttendSplit, HasTheSamePartsWhereverRowsLie) {
   }
 }
 
+TEST(AttendSplit, BeginsEachTaskOnce) {
+  for (const bool together : {false, true}) {
+    const AttendSplit split{12, 5000, together};
+    for (const Index workers : {1, 2, 3, 7, 64, 100000}) {
+      std::vector<bool> begun(static_cast<std::size_t>(split.tasks()), false);
+      for (Index i = 0; i < split.tasks(); ++i) {
+        const Index task = split.place(i, workers);
+        ASSERT_TRUE(task >= 0 && task < split.tasks()) << i << " of " << split.tasks() << ", " << workers;
+        EXPECT_FALSE(begun[static_cast<std::size_t>(task)]) << task;
+        begun[static_cast<std::size_t>(task)] = true;
+      }
+    }
+  }
+}
+
+TEST(AttendSplit, GivesWorkersThatTakeTurnsOneTaskAfterTheOther) {
+  const AttendSplit split{8, 32768, false};
+  for (const Index workers : {1, 2, 3, 5}) {
+    for (Index i = workers; i < split.tasks(); ++i) {
+      EXPECT_EQ(split.place(i, workers), split.place(i - workers, workers) + 1) << i << " of " << workers;
+    }
+  }
+}
+
 TEST(AttendSplit, HasPartsThatCoverAllRowsAndAreNotShort) {
   for (const Index rows : {1, 2, 511, 512, 513, 1025, 8191, 8193, 100001}) {
     const AttendSplit split{2, rows, false};

@@ -36,6 +36,12 @@ struct AttendSplit {
   [[nodiscard]] constexpr Index rows_per_part() const noexcept { return (rows - 1) / parts() + 1; }
   [[nodiscard]] constexpr Index heads_per_task() const noexcept { return together ? kHeadsTogether : 1; }
   [[nodiscard]] constexpr Index tasks() const noexcept { return (together ? groups_of(heads) : heads) * parts(); }
+  /// The task that is to be begun as number i: each of so many workers, as long as they take turns, goes over rows one after
+  /// the other, and has use for what it has asked for beyond the end of a part.
+  [[nodiscard]] constexpr Index place(Index i, Index workers) const noexcept {
+    const Index worker = i % workers;
+    return worker * (tasks() / workers) + std::min(worker, tasks() % workers) + i / workers;
+  }
 
  private:
   [[nodiscard]] static constexpr Index groups_of(Index heads) noexcept { return (heads - 1) / kHeadsTogether + 1; }
