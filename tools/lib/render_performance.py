@@ -222,8 +222,8 @@ def run(*command):
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def describe(build):
-    """The machine, and what runs on it."""
+def describe(build, stages, before):
+    """The machine, and what runs on it: all, or some stages, and the rest as it ran before."""
     info = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
     name = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
     cpu = name[1].strip() if name else platform.processor()
@@ -233,12 +233,16 @@ def describe(build):
     entry = lambda key: (re.search(rf"^{key}:\w+=(.*)$", cache, re.MULTILINE) or ["", ""])[1]
     march = "native" if entry("KVFOLD_NATIVE") == "ON" else entry("KVFOLD_MARCH") or "the compiler's default"
     asked = march == "x86-64-v3" and re.search(r"\bavx_vnni\b", info)
-    changed = " and changes that are not committed" if run("git", "status", "--porcelain", "--", "include", "bench") else ""
+    commit = run("git", "rev-parse", "--short", "HEAD")
+    if run("git", "status", "--porcelain", "--", "include", "bench"):
+        commit += " and changes that are not committed"
+    if stages and before:
+        commit = f"{before['machine']['commit']}; {', '.join(stages)}: {commit}"
     return {"machine": {"machine": f"{cpu}, {cores} cores, {platform.system()}",
                         "compiler": f"{run(entry('CMAKE_CXX_COMPILER'), '--version').splitlines()[0]}, {entry('CMAKE_CXX_FLAGS_RELEASE')}, -march={march}",
                         "asked for at run time": "AVX-VNNI" if asked else "nothing that the compiler may not use anyway",
                         "-march=native adds": ", ".join(adds) or "nothing that kvfold has code for",
-                        "commit": f"{run('git', 'rev-parse', '--short', 'HEAD')}{changed}",
+                        "commit": commit,
                         "date": datetime.date.today().isoformat()}}
 
 
@@ -248,9 +252,12 @@ def main():
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--out", type=pathlib.Path, help="the page to write")
     group.add_argument("--describe", type=pathlib.Path, metavar="BUILD", help="write machine.json: what is measured, built in BUILD")
+    parser.add_argument("--only", nargs="*", default=[], metavar="STAGE", help="with --describe: the stages that are measured")
     args = parser.parse_args()
     if args.describe:
-        (args.results / "machine.json").write_text(json.dumps(describe(args.describe), indent=2), encoding="utf-8")
+        path = args.results / "machine.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        path.write_text(json.dumps(describe(args.describe, args.only, before), indent=2), encoding="utf-8")
     else:
         args.out.write_text(render(Results(args.results)), encoding="utf-8")
 
