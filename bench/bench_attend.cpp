@@ -45,8 +45,6 @@ void decode(benchmark::State& state, const Settings& settings, const Model& mode
   const std::size_t bytes = attend_workspace_bytes(model.shape, threads);
   WorkspaceBuffer workspace;
   require(workspace.reserve(bytes), "workspace");
-  double read_bytes = 0.0;
-  for (const auto& part : memory) read_bytes += static_cast<double>(part.size());
   const auto run = [&] {
     return attend(view, queries.view(),
                   {.data = out.data(), .head_stride = model.shape.value_dim, .row_stride = model.shape.value_dim},
@@ -55,7 +53,7 @@ void decode(benchmark::State& state, const Settings& settings, const Model& mode
   };
   measure(state, settings,
           {.run = [&] { return timed(run); },
-           .works = {{.read_bytes = read_bytes, .memory = memory}},
+           .works = {Work::reading(memory)},
            .rows = static_cast<double>(model.shape.kv_heads * rows),
            .workspace_bytes = bytes},
           pool);

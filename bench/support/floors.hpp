@@ -9,6 +9,7 @@
 #include <cstring>
 #include <ctime>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include <Eigen/Core>
@@ -49,6 +50,12 @@ struct Work {
   Product product = {};  ///< the shape that flops are measured with
   /// What is read, if it is to be read itself, once, from memory. Else as many bytes of others are.
   std::vector<std::span<const std::byte>> memory = {};
+
+  [[nodiscard]] static Work reading(std::vector<std::span<const std::byte>> memory) {
+    double bytes = 0;
+    for (const auto& part : memory) bytes += static_cast<double>(part.size());
+    return {.read_bytes = bytes, .memory = std::move(memory)};
+  }
 };
 
 /// Measures floors on the threads that do the work, all of them at the same time.

@@ -53,8 +53,8 @@ STAGES = {
     "merge": (55, "Merge", "Merged values and masses, given the classes. The floor reads the members' values and writes the merged rows once.",
               TIME + [("bytes/s", "bytes/s"), ("workspace_bytes", "workspace")]),
     "apply": (57, "Apply", "Moving and writing the kept rows. The floor copies them once.", TIME + [("bytes/s", "bytes/s")]),
-    "attend": (60, "Attend", "Decode attention: one query row for each query head. The floor adds up the very bytes that are stored, once, from memory: each thread has read 64 MB of "
-               "others before it and before `attend`. "
+    "attend": (60, "Attend", "Decode attention: one query row for each query head. The floor adds up the very bytes that are stored, once, from memory: "
+               "each thread has read 64 MB of others before it and before `attend`. "
                "`attend`, which asks for rows ahead, can be faster than that. What is converted is converted "
                "in registers, or in tiles that stay in the cache. Rows of a head lie in one piece, or \"by token\" in a tensor [token][head][dim], or in pages of "
                "such tensors in any order. \"arithmetic\" is another floor: the FLOPs at the speed of Eigen's large products, and "

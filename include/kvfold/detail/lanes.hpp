@@ -98,11 +98,18 @@ inline void fetch_line(const void* from, Index offset) noexcept {
 #endif
 }
 
+/// Calls f with each constant from 0 to kCount - 1: elements of arrays that only these index are in registers, and g++ does
+/// not store them where a loop ends.
+template <Index kCount, class F>
+[[gnu::always_inline]] inline void for_constants(const F& f) noexcept {
+  [&]<Index... i>(std::integer_sequence<Index, i...>) { (f(std::integral_constant<Index, i>{}), ...); }
+  (std::make_integer_sequence<Index, kCount>{});
+}
+
 /// All of x = 0. Of a loop, or of `= {}`, g++ makes a call or an instruction that sets memory, for registers.
 template <std::size_t n>
 [[gnu::always_inline]] inline void clear(Lanes (&x)[n]) noexcept {
-  [&]<std::size_t... i>(std::index_sequence<i...>) { ((x[i] = Lanes{}), ...); }
-  (std::make_index_sequence<n>{});
+  for_constants<static_cast<Index>(n)>([&](auto i) { x[i] = Lanes{}; });
 }
 
 [[nodiscard]] inline float sum_of_lanes(Lanes x) noexcept {
@@ -169,14 +176,6 @@ inline void store_first_lanes(Lanes x, Index count, float* to) noexcept {
   float all[kLanes];
   store_lanes(x, all);
   std::copy_n(all, count, to);
-}
-
-/// Calls f with each constant from 0 to kCount - 1: elements of arrays that only these index are in registers, and g++ does
-/// not store them where a loop ends.
-template <Index kCount, class F>
-[[gnu::always_inline]] inline void for_constants(const F& f) noexcept {
-  [&]<Index... i>(std::integer_sequence<Index, i...>) { (f(std::integral_constant<Index, i>{}), ...); }
-  (std::make_integer_sequence<Index, kCount>{});
 }
 
 /// Calls f with a constant of 1 to kMost.
